@@ -1,0 +1,1 @@
+"""The token-level engine. It knows token ids only: no text, no templates, no strategy names."""

@@ -1,0 +1,1 @@
+"""Questions to run strategies on, read from files."""
