@@ -1,0 +1,178 @@
+"""The functions most people call: load a model, generate, stream."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+
+from decoding.backends.base import Backend, OnText
+from decoding.backends.local import LocalBackend
+from decoding.errors import InvalidRequest
+from decoding.models import load_model
+from decoding.strategies import Autoregressive, Strategy, parse
+from decoding.types import Generation, Message, Prompt, SamplingParams
+
+T = TypeVar("T")
+
+
+def load(
+    name_or_path: str = "smollm2-135m",
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    slots: int = 32,
+    capacity: int | None = None,
+) -> LocalBackend:
+    """Load a model: an alias, a local folder, a .gguf file or a hub id.
+
+    device, dtype: as torch names them; float32 on a CPU by default, the checkpoint's own on a GPU.
+    device_map: spread the model over devices with accelerate. slots: sequences held in the cache at once;
+    more wait in a queue. capacity: tokens per sequence, by default the context up to 2,048.
+
+    Raises ModelError, or UnknownName for an alias that is nearly right.
+    """
+    loaded = load_model(
+        name_or_path, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )
+    return LocalBackend(loaded.model, loaded.tokenizer, name=name_or_path, slots=slots, capacity=capacity)
+
+
+def resolve(strategy: Strategy | str) -> Strategy:
+    """A strategy from its text form; a strategy stays as it is."""
+    return parse(strategy) if isinstance(strategy, str) else strategy
+
+
+@overload
+def generate(
+    prompts: str,
+    lm: Backend,
+    *,
+    strategy: Strategy | str = ...,
+    params: SamplingParams | None = ...,
+    on_text: OnText | None = ...,
+) -> Generation: ...
+@overload
+def generate(
+    prompts: Sequence[Message] | Sequence[int] | Sequence[Prompt],
+    lm: Backend,
+    *,
+    strategy: Strategy | str = ...,
+    params: SamplingParams | Sequence[SamplingParams] | None = ...,
+    on_text: OnText | None = ...,
+) -> Any: ...
+def generate(
+    prompts: Prompt | Sequence[Prompt],
+    lm: Backend,
+    *,
+    strategy: Strategy | str = Autoregressive(),
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    on_text: OnText | None = None,
+) -> Generation | list[Generation]:
+    """Answer one prompt, or several in one batch.
+
+    prompts: text or a list of messages (through the chat template) or token ids; or a list of those, which
+    gives a list of generations in the same order. params: for all prompts, or one for each. on_text:
+    receives the answer's text piece by piece (single prompts only).
+
+    A request that fails alone has `finish_reason` "error" and the cause in `error`; others are complete.
+    Raises InvalidRequest for prompts or parameters that make no sense, before anything runs.
+    """
+    strategy = resolve(strategy)
+    lm.require(strategy)
+    single = _is_single(prompts)
+    batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
+    every = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(batch)
+    if len(every) != len(batch):
+        raise InvalidRequest(f"{len(batch)} prompts came with {len(every)} sets of parameters; give one for each.")
+    if on_text is not None and not single:
+        raise InvalidRequest("on_text follows one answer; give a single prompt.")
+
+    async def answer_all() -> list[Generation]:
+        return await asyncio.gather(
+            *(strategy.answer(prompt, each, lm, on_text) for prompt, each in zip(batch, every, strict=True))
+        )
+
+    generations = run(answer_all())
+    return generations[0] if single else generations
+
+
+def stream(
+    prompt: Prompt, lm: Backend, *, strategy: Strategy | str = Autoregressive(), params: SamplingParams | None = None
+) -> Iterator[str]:
+    """Yield the answer to one prompt piece by piece; joined, the pieces are its text.
+
+    Closing the iterator early cancels the request.
+    """
+    strategy = resolve(strategy)
+    lm.require(strategy)
+    pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+    cancel: list[Callable[[], object]] = []
+
+    async def answer() -> None:
+        task = asyncio.ensure_future(strategy.answer(prompt, params or SamplingParams(), lm, pieces.put))
+        loop = asyncio.get_running_loop()
+        cancel.append(lambda: loop.call_soon_threadsafe(task.cancel))
+        await task
+
+    def work() -> None:
+        try:
+            asyncio.run(answer())
+            pieces.put(None)
+        except BaseException as error:
+            pieces.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+    finally:
+        if thread.is_alive() and cancel:
+            try:
+                cancel[0]()
+            except RuntimeError:
+                pass  # the loop has just closed: nothing is left to cancel
+        thread.join()
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also where an event loop is already running (a notebook, say)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            result.append(asyncio.run(work))
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+def _is_single(prompts: Any) -> bool:
+    """Whether this is one prompt: text, messages or token ids, and not a list of such."""
+    if isinstance(prompts, str):
+        return True
+    if not isinstance(prompts, Sequence):
+        raise InvalidRequest(f"a prompt is text, a list of messages or a list of token ids, not {prompts!r:.60}.")
+    if not prompts:
+        raise InvalidRequest("there is no prompt; give at least one.")
+    return all(isinstance(item, int) for item in prompts) or all(isinstance(item, dict) for item in prompts)

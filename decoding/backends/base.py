@@ -1,0 +1,48 @@
+"""What a strategy may ask of a backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
+
+from decoding.errors import CapabilityError
+from decoding.types import Generation, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from decoding.strategies.base import Strategy, TokenStrategy
+
+OnText = Callable[[str], None]
+"""Receives pieces of the answer as they become final; joined they are the answer."""
+
+
+class Backend(ABC):
+    """Completes prompts. Strategies are written against this and run on any backend that can do what they need.
+
+    capabilities: "text" (complete a prompt), "prefill" (continue an answer that was begun for it),
+    "tokens" (decoders may choose blocks and see logits).
+    """
+
+    name: str
+    capabilities: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    async def complete(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        strategy: TokenStrategy,
+        *,
+        prefill: str = "",
+        on_text: OnText | None = None,
+    ) -> Generation:
+        """Continue `prompt`, after the beginning `prefill` of the answer, which the result does not repeat."""
+
+    def require(self, strategy: Strategy) -> None:
+        """Raise CapabilityError if the strategy needs what this backend lacks."""
+        missing = sorted(strategy.needs - self.capabilities)
+        if missing:
+            raise CapabilityError(
+                f"{strategy} needs {' and '.join(map(repr, missing))}, which {self.name} does not offer; use "
+                + ("a local model for it." if "tokens" in missing else "another backend for it.")
+            )

@@ -1,0 +1,179 @@
+"""A model on this machine: tokenizer, engine, and the loop that drives it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence as List
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from decoding.backends.base import Backend, OnText
+from decoding.backends.text import TextStream
+from decoding.engine.decoder import Decoder
+from decoding.engine.engine import Engine
+from decoding.engine.runner import Runner
+from decoding.engine.sequence import Sequence
+from decoding.errors import InvalidRequest
+from decoding.trace import measure
+from decoding.types import Generation, Message, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from decoding.strategies.base import TokenStrategy
+
+
+class LocalBackend(Backend):
+    """A Hugging Face model behind the engine. `decoding.load` makes one.
+
+    model, tokenizer: the Hugging Face objects; using them directly does not disturb the engine.
+    engine: the token-level engine. slots and capacity are the runner's.
+    """
+
+    capabilities: ClassVar[frozenset[str]] = frozenset({"text", "prefill", "tokens"})
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "",
+        slots: int = 32,
+        capacity: int | None = None,
+        step_tokens: int = 512,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name or model.config.model_type
+        self.engine = Engine(Runner(model, slots, capacity), step_tokens)
+        self.eos = _eos_ids(model, tokenizer)
+        self._decoders: dict[TokenStrategy, Decoder] = {}
+        self._answers: dict[Sequence, asyncio.Future[None]] = {}
+        self._pump: asyncio.Task[None] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.engine.runner.device
+
+    def encode(self, prompt: Prompt, prefill: str = "") -> list[int]:
+        """Token ids of a prompt: text and messages go through the chat template, ids stay as they are.
+
+        A model without a chat template gets the bare text, messages joined by blank lines.
+        """
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise InvalidRequest("the prompt is empty; give some text.")
+            messages: list[Message] = [{"role": "user", "content": prompt}]
+        elif prompt and all(isinstance(item, int) for item in prompt):
+            more = self.tokenizer(prefill, add_special_tokens=False)["input_ids"] if prefill else []
+            return [int(t) for t in prompt] + list(more)  # type: ignore[call-overload]
+        else:
+            messages = list(prompt)  # type: ignore[arg-type]
+            if not messages:
+                raise InvalidRequest("the prompt is empty; give text, at least one message, or token ids.")
+            for message in messages:
+                if not isinstance(message, dict) or not all(
+                    isinstance(message.get(key), str) for key in ("role", "content")
+                ):
+                    raise InvalidRequest("every message of a prompt needs a 'role' and a 'content', both text.")
+        if self.tokenizer.chat_template is None:
+            text = "\n\n".join(message["content"] for message in messages) + prefill
+            return list(self.tokenizer(text)["input_ids"])
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            raise InvalidRequest(f"the model's chat template does not take these messages: {error}") from error
+        return list(self.tokenizer(text + prefill, add_special_tokens=False)["input_ids"])
+
+    def decoder(self, strategy: TokenStrategy) -> Decoder:
+        """The strategy's decoder on this backend; equal strategies share one, so their sequences plan together."""
+        if strategy not in self._decoders:
+            self._decoders[strategy] = strategy.decoder(self)
+        return self._decoders[strategy]
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        strategy: TokenStrategy,
+        *,
+        prefill: str = "",
+        on_text: OnText | None = None,
+    ) -> Generation:
+        stream = TextStream(self.tokenizer, params.stop)
+
+        def on_commit(_: Sequence, tokens: List[int]) -> int | None:
+            stopped_after = stream.feed(tokens)
+            if on_text is not None and (piece := stream.release()):
+                on_text(piece)
+            return stopped_after
+
+        watched = on_text is not None or bool(params.stop)
+        sequence = self.engine.submit(
+            self.encode(prompt, prefill),
+            params,
+            self.decoder(strategy),
+            self.eos,
+            on_commit if watched else None,
+        )
+        try:
+            await self._finished(sequence)
+        except asyncio.CancelledError:
+            self.engine.cancel(sequence)
+            raise
+        if not watched:
+            stream.feed(sequence.new_tokens)
+        rest = stream.finish()
+        if on_text is not None and rest:
+            on_text(rest)
+        assert sequence.finish_reason is not None
+        return Generation(
+            text=stream.text,
+            tokens=sequence.new_tokens,
+            finish_reason=sequence.finish_reason,
+            metrics=measure(
+                sequence.trace,
+                seconds=sequence.trace[-1].end if sequence.trace else 0.0,
+                prompt_tokens=len(sequence.prompt),
+            ),
+            trace=sequence.trace,
+            logprobs=sequence.logprobs if params.logprobs else None,
+            error=None if sequence.error is None else f"{type(sequence.error).__name__}: {sequence.error}",
+        )
+
+    async def _finished(self, sequence: Sequence) -> None:
+        loop = asyncio.get_running_loop()
+        self._answers[sequence] = loop.create_future()
+        if self._pump is None or self._pump.done() or self._pump.get_loop() is not loop:
+            self._pump = loop.create_task(self._run())
+        try:
+            await self._answers[sequence]
+        finally:
+            del self._answers[sequence]
+
+    async def _run(self) -> None:
+        """Step the engine while anybody waits. Strategies act between steps, in a fixed order."""
+        while any(not answer.done() for answer in self._answers.values()):
+            try:
+                ended = self.engine.step()
+            except BaseException as error:
+                for answer in self._answers.values():
+                    if not answer.done():
+                        answer.set_exception(error)
+                raise
+            for sequence in ended:
+                if sequence in self._answers and not self._answers[sequence].done():
+                    self._answers[sequence].set_result(None)
+            # Give strategies that were waiting for these time to submit what comes next.
+            for _ in range(4 if ended else 1):
+                await asyncio.sleep(0)
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The generation configuration's end-of-sequence ids, or else the tokenizer's."""
+    config: Any = model.generation_config
+    ids = None if config is None else config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,85 @@
+"""Blocks: the tokens one sequence puts through the model in one step, after those already committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A tree of guesses behind the last committed token.
+
+    tokens: guessed token ids, parents before children; empty for plain decoding.
+    parents: index in `tokens` of each guess's parent, -1 for the last committed token; None for a
+        chain, in which every guess follows the one before it. A guess sees the committed tokens, its
+        ancestors and itself; its position is its depth below the last committed token.
+    bidirectional: every guess sees every other one instead, at positions in order (masked refinement).
+    """
+
+    tokens: Sequence[int] = ()
+    parents: Sequence[int] | None = None
+    bidirectional: bool = False
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def check(self, vocab: int) -> None:
+        """Raise ValueError unless this is a well-formed tree over token ids below `vocab`."""
+        for token in self.tokens:
+            if not 0 <= token < vocab:
+                raise ValueError(f"a guessed token id, {token}, lies outside the model's vocabulary of {vocab}.")
+        if self.parents is None:
+            return
+        if self.bidirectional or len(self.parents) != len(self.tokens):
+            raise ValueError("a tree block needs one parent for every token, and cannot be bidirectional.")
+        for node, parent in enumerate(self.parents):
+            if not -1 <= parent < node:
+                raise ValueError(f"node {node} of a tree block names parent {parent}, which does not come before it.")
+
+
+@lru_cache(maxsize=4096)
+def layout(count: int, pending: int, parents: tuple[int, ...] | None, bidirectional: bool) -> Layout:
+    """Depths and visibility of `pending` committed tokens followed by `count` guesses."""
+    total = pending + count
+    depth = np.arange(total)
+    if parents is None and not bidirectional:
+        return Layout(depth, None)
+    visible = np.tril(np.ones((total, total), dtype=bool))
+    if bidirectional:
+        visible[pending:, pending:] = True
+    elif parents is not None:
+        for node, parent in enumerate(parents):
+            row = pending + node
+            above = pending + parent  # a parent of -1 is the last committed token
+            visible[row] = visible[above]
+            visible[row, row] = True
+            depth[row] = depth[above] + 1
+    return Layout(depth, visible)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a block's tokens stand, and what they see of each other.
+
+    depth: [tokens] position below the first token of the block.
+    visible: [tokens, tokens] whether row sees column; None if every token sees all before it.
+    """
+
+    depth: np.ndarray
+    visible: np.ndarray | None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What a forward pass confirmed for one sequence.
+
+    tokens: new tokens in order; all but the last (the bonus token) are guesses that were accepted.
+    path: indices of the accepted guesses in the block; None if they are its first `len(tokens) - 1`.
+    """
+
+    tokens: Sequence[int]
+    path: Sequence[int] | None = None

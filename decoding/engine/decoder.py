@@ -1,0 +1,39 @@
+"""The contract between the engine and a decoding method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as List
+from typing import TYPE_CHECKING
+
+from decoding.engine.block import Block, Commit
+
+if TYPE_CHECKING:
+    from decoding.engine.output import Output
+    from decoding.engine.sequence import Sequence
+
+
+class Decoder(ABC):
+    """Decides which blocks to run and which tokens to keep, for all its sequences at once.
+
+    Every step the engine calls `plan` with the decoder's sequences whose prompt has been read, runs one
+    forward pass over everybody's blocks, and calls `commit` with what the model said. A sequence that has
+    just finished its prompt comes to `commit` with an empty block. Neither call changes a sequence; state
+    of a decoder's own is keyed by `sequence.id` and dropped in `forget`.
+    """
+
+    def plan(self, sequences: List[Sequence]) -> list[Block]:
+        """One block per sequence, of at most `sequence.room` levels. The default guesses nothing."""
+        return [Block() for _ in sequences]
+
+    @abstractmethod
+    def commit(self, sequences: List[Sequence], output: Output) -> list[Commit]:
+        """The tokens each sequence gains, at least one. `output` holds the model's verdict on the blocks."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended, for whatever reason."""
+
+    @property
+    def name(self) -> str:
+        """Who guessed, as the trace shows it."""
+        return ""

@@ -1,0 +1,328 @@
+"""The engine: schedule, run, commit, for many sequences and many decoders in one forward pass.
+
+It knows token ids only. The same requests in the same order give the same batches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from decoding.engine.block import Block, Commit
+from decoding.engine.decoder import Decoder
+from decoding.engine.output import Output
+from decoding.engine.packing import Row
+from decoding.engine.runner import Runner
+from decoding.engine.sequence import CommitHook, Sequence
+from decoding.errors import ContextOverflow, InvalidRequest, ModelError
+from decoding.trace import Step
+from decoding.types import FinishReason, SamplingParams
+
+T = TypeVar("T")
+
+# A prompt waits for another one that is being read if that will spare it at least this many tokens.
+_WORTH_WAITING = 16
+# However busy decoding keeps a step, prompts advance by at least this many tokens in it.
+_LEAST_PREFILL = 32
+
+
+class Engine:
+    """Decodes sequences on one runner.
+
+    step_tokens: prompts are read in chunks so that a step holds about this many tokens in all.
+    """
+
+    def __init__(self, runner: Runner, step_tokens: int = 512) -> None:
+        self.runner = runner
+        self.cache = runner.cache
+        self.step_tokens = step_tokens
+        self.steps = 0
+        self._ids = itertools.count()
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence is waiting or running."""
+        return bool(self._waiting or self._running)
+
+    def submit(
+        self,
+        prompt: Tokens[int],
+        params: SamplingParams,
+        decoder: Decoder,
+        eos: Iterable[int] = (),
+        on_commit: CommitHook | None = None,
+    ) -> Sequence:
+        """Queue a sequence. It starts when a slot is free, and is returned by the `step` that ends it.
+
+        Raises InvalidRequest for an empty prompt or ids outside the vocabulary, and ContextOverflow for
+        a prompt that leaves no room for a new token.
+        """
+        prompt = list(prompt)
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; give at least one token.")
+        if min(prompt) < 0 or max(prompt) >= self.runner.vocab:
+            raise InvalidRequest(f"the prompt holds token ids outside the model's vocabulary of {self.runner.vocab}.")
+        capacity = self.cache.capacity
+        if len(prompt) >= capacity:
+            raise ContextOverflow(
+                f"the prompt has {len(prompt)} tokens and a sequence may hold {capacity}; shorten it"
+                + (" or load the model with a larger capacity." if capacity < self.runner.context else ".")
+            )
+        stray = [token for token in params.logit_bias if token >= self.runner.vocab]
+        if stray:
+            raise InvalidRequest(f"logit_bias names token {stray[0]}, outside the vocabulary of {self.runner.vocab}.")
+        sequence = Sequence(
+            id=next(self._ids),
+            prompt=prompt,
+            params=params,
+            decoder=decoder,
+            eos=frozenset() if params.ignore_eos else frozenset(eos),
+            limit=min(len(prompt) + params.max_new_tokens, capacity),
+            submitted=time.perf_counter(),
+            on_commit=on_commit,
+        )
+        self._waiting.append(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence now, keeping what it has. Others do not notice. Ended ones stay as they are."""
+        if sequence.finish_reason is None:
+            self._finish(sequence, "cancelled")
+
+    def step(self) -> list[Sequence]:
+        """Run one forward pass and return the sequences that ended in it."""
+        began = time.perf_counter()
+        self._admit()
+        before = list(self._running)
+        rows = self._schedule()
+        if rows:
+            self._run(rows, began)
+            self.steps += 1
+        return [s for s in before if s.finish_reason is not None]
+
+    def _admit(self) -> None:
+        """Give free slots to waiting sequences, first come first served.
+
+        One whose prompt begins like a prompt still being read waits for it, if that saves enough.
+        """
+        for sequence in list(self._waiting):
+            if not self.cache.free:
+                return
+            cached = int(self.cache.shared_prefix(sequence.prompt_array).max())
+            coming = max((_common_prefix(s, sequence) for s in self._running if s.pending > 1), default=0)
+            if coming - cached >= _WORTH_WAITING:
+                continue
+            self._waiting.remove(sequence)
+            sequence.slot, sequence.reused = self.cache.acquire(sequence.prompt)
+            sequence.cached = sequence.reused
+            self._running.append(sequence)
+
+    def _schedule(self) -> dict[Sequence, Row]:
+        """Choose what every running sequence puts through the model, ordered by decoder.
+
+        Sequences that decode get their decoder's block; prompts share what is left of the step.
+        """
+        blocks: dict[Sequence, Block] = {}
+        for decoder, members in _by_decoder(s for s in self._running if s.pending == 1):
+            for sequence, block in self._contain(members, decoder.plan):
+                blocks[sequence] = block
+        for sequence in list(blocks):
+            try:
+                blocks[sequence].check(self.runner.vocab)
+            except ValueError as error:
+                del blocks[sequence]
+                self._fail(sequence, error)
+                continue
+            if len(sequence.tokens) + len(blocks[sequence]) > self.cache.capacity:
+                blocks[sequence] = Block()  # no room for the guesses: decode plainly
+        left = self.step_tokens - sum(1 + len(block) for block in blocks.values())
+        left = max(left, _LEAST_PREFILL)
+        rows: dict[Sequence, Row] = {}
+        for _, members in _by_decoder(self._running):
+            for sequence in members:
+                if sequence in blocks:
+                    rows[sequence] = Row(sequence.slot, sequence.tokens[-1:], blocks[sequence])
+                elif left > 0:
+                    chunk = sequence.tokens[sequence.cached : sequence.cached + left]
+                    left -= len(chunk)
+                    rows[sequence] = Row(sequence.slot, chunk, Block(), logits=len(chunk) == sequence.pending)
+        return rows
+
+    def _run(self, rows: dict[Sequence, Row], began: float) -> None:
+        planned = time.perf_counter()
+        logits = self._forward(rows)
+        ran = time.perf_counter()
+        gains = {s: _Gain(prefill=s.pending > 1 or not s.new_tokens) for s in rows}
+        judged = [s for s, row in rows.items() if row.logits]
+        if judged:
+            assert logits is not None
+            output = Output.judge(judged, [rows[s].block for s in judged], logits)
+            for sequence in output.broken:
+                self._fail(sequence, ModelError("the model returned NaN or infinite logits for this sequence."))
+            for decoder, members in _by_decoder(s for s in judged if s.finish_reason is None):
+                for sequence, commit in self._contain(members, partial(_commit, decoder, output)):
+                    try:
+                        self._accept(sequence, rows[sequence], commit, output, gains[sequence])
+                    except Exception as error:
+                        self._fail(sequence, error)
+        self.cache.move([move for gain in gains.values() for move in gain.moves])
+        for sequence, row in rows.items():
+            if not row.logits:
+                self._store(sequence, row.pending)
+        self._record(rows, gains, began, planned, ran)
+        for sequence, gain in gains.items():
+            if gain.ends is not None:
+                self._finish(sequence, gain.ends)
+
+    def _forward(self, rows: dict[Sequence, Row]) -> torch.Tensor | None:
+        """Logits of the step's rows. If the pass fails, find the sequences that fail alone and drop them."""
+        try:
+            logits = self.runner.forward(list(rows.values()))
+            if logits.is_cuda:
+                torch.cuda.current_stream(logits.device).synchronize()
+            return logits
+        except Exception as error:
+            if len(rows) == 1:
+                (sequence,) = rows
+                rows.clear()
+                self._fail(sequence, error)
+                return None
+        parts = []
+        for sequence in list(rows):
+            one = {sequence: rows[sequence]}
+            part = self._forward(one)
+            if not one:
+                del rows[sequence]
+            elif rows[sequence].logits and part is not None:
+                parts.append(part)
+        return torch.cat(parts) if parts else None
+
+    def _contain(
+        self, sequences: list[Sequence], call: Callable[[list[Sequence]], list[T]]
+    ) -> list[tuple[Sequence, T]]:
+        """Call a decoder for all its sequences, or, if that raises, for each alone, failing those at fault."""
+        try:
+            return list(zip(sequences, call(sequences), strict=True))
+        except Exception as error:
+            if len(sequences) == 1:
+                self._fail(sequences[0], error)
+                return []
+        return [pair for sequence in sequences for pair in self._contain([sequence], call)]
+
+    def _accept(self, sequence: Sequence, row: Row, commit: Commit, output: Output, gain: _Gain) -> None:
+        """Append a commit's tokens, up to where the sequence ends."""
+        if not commit.tokens:
+            raise RuntimeError(f"{type(sequence.decoder).__name__} committed no token in a step.")
+        tokens = list(commit.tokens[: sequence.limit - len(sequence.tokens)])
+        if len(sequence.tokens) + len(tokens) == sequence.limit:
+            full = sequence.limit - len(sequence.prompt) < sequence.params.max_new_tokens
+            gain.ends = "context" if full else "length"
+        for count, token in enumerate(tokens, start=1):
+            if token in sequence.eos:
+                del tokens[count:]
+                gain.ends = "eos"
+        if sequence.params.logprobs:
+            sequence.logprobs += output.logprobs(sequence, commit, len(tokens))
+        gain.accepted = min(len(commit.tokens) - 1, len(tokens))
+        path = range(gain.accepted) if commit.path is None else commit.path[: gain.accepted]
+        base = sequence.cached + len(row.pending)  # where the block's first guess was written
+        gain.moves = [(sequence.slot, base + node, base + place) for place, node in enumerate(path) if node != place]
+        self._store(sequence, [*row.pending, *(row.block.tokens[node] for node in path)])
+        sequence.tokens += tokens
+        sequence.draws += 1
+        gain.committed = len(tokens)
+        if sequence.on_commit is not None:
+            keep = sequence.on_commit(sequence, tokens)
+            if keep is not None:
+                del sequence.tokens[len(sequence.tokens) - len(tokens) + keep :]
+                del sequence.logprobs[len(sequence.new_tokens) :]
+                gain.committed = keep
+                gain.ends = "stop"
+
+    def _store(self, sequence: Sequence, tokens: Tokens[int]) -> None:
+        self.cache.commit(sequence.slot, tokens)
+        sequence.cached += len(tokens)
+
+    def _record(
+        self, rows: dict[Sequence, Row], gains: dict[Sequence, _Gain], began: float, planned: float, ran: float
+    ) -> None:
+        done = time.perf_counter()
+        tokens = sum(map(len, rows.values()))
+        for sequence, row in rows.items():
+            gain = gains[sequence]
+            sequence.trace.append(
+                Step(
+                    step=self.steps,
+                    sequence=sequence.id,
+                    start=began - sequence.submitted,
+                    plan=planned - began,
+                    forward=ran - planned,
+                    commit=done - ran,
+                    batch_sequences=len(rows),
+                    batch_tokens=tokens,
+                    tokens=len(row),
+                    drafted=len(row.block),
+                    accepted=gain.accepted,
+                    committed=gain.committed,
+                    prefill=gain.prefill,
+                    reused=0 if sequence.trace else sequence.reused,
+                    drafter=sequence.decoder.name if row.block else "",
+                )
+            )
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        sequence.error = error
+        self._finish(sequence, "error")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.finish_reason is not None:
+            return
+        sequence.finish_reason = reason
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self._running.remove(sequence)
+            if reason == "error":
+                self.cache.discard(sequence.slot)
+            else:
+                self.cache.release(sequence.slot)
+        sequence.decoder.forget(sequence)
+
+
+@dataclass
+class _Gain:
+    """What a step brought one sequence. `moves`: (slot, from, to) cache entries of an accepted tree path."""
+
+    prefill: bool
+    accepted: int = 0
+    committed: int = 0
+    moves: list[tuple[int, int, int]] = field(default_factory=list)
+    ends: FinishReason | None = None
+
+
+def _commit(decoder: Decoder, output: Output, members: list[Sequence]) -> list[Commit]:
+    return decoder.commit(members, output.of(members))
+
+
+def _by_decoder(sequences: Iterable[Sequence]) -> list[tuple[Decoder, list[Sequence]]]:
+    """Sequences grouped by their decoder, in order of first appearance."""
+    groups: dict[int, list[Sequence]] = {}
+    for sequence in sequences:
+        groups.setdefault(id(sequence.decoder), []).append(sequence)
+    return [(members[0].decoder, members) for members in groups.values()]
+
+
+def _common_prefix(a: Sequence, b: Sequence) -> int:
+    """How many leading prompt tokens two sequences share."""
+    width = min(len(a.prompt), len(b.prompt))
+    differs = a.prompt_array[:width] != b.prompt_array[:width]
+    return int(differs.argmax()) if differs.any() else width

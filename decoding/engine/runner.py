@@ -1,0 +1,158 @@
+"""A model, its cache, and one forward pass over the blocks of many sequences."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from decoding.engine.attention import ShapeProbe, attending
+from decoding.engine.block import Block
+from decoding.engine.cache import KVCache
+from decoding.engine.packing import Row, pack
+from decoding.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """Runs any Hugging Face decoder model that honours the attention interface.
+
+    model: the transformers model, left as it is; slots: sequences held at once; capacity: tokens per
+    sequence, by default the model's context up to 2,048.
+
+    On construction the model is tried on a few tokens, packed and unpacked. One that keeps state
+    outside its attention layers (and so cannot roll back), or gives other logits when packed, is
+    refused with a `ModelError`.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int = 32, capacity: int | None = None) -> None:
+        self.model = model.eval()
+        self.config = model.config.get_text_config()
+        self.vocab = int(model.get_output_embeddings().weight.shape[0]) if model.get_output_embeddings() else 0
+        self.device = model.get_input_embeddings().weight.device
+        self.context = _context_length(self.config)
+        self._configs = _attention_configs(model)
+        self._arguments = set(inspect.signature(model.forward).parameters)
+        layers = self._probe()
+        capacity = min(capacity or 2048, self.context)
+        per_slot = capacity * sum(layer.bytes_per_token for layer in layers)
+        affordable = int(_free_memory(self.device) * 0.6 // per_slot)
+        if affordable < 1:
+            raise ModelError(
+                f"one sequence of {capacity} tokens needs {per_slot / 2**30:.1f} GiB of cache, more than is free; "
+                "load the model with a smaller capacity."
+            )
+        if affordable < slots:
+            logger.warning("memory allows %d slots of %d tokens instead of %d.", affordable, capacity, slots)
+        self.cache = KVCache(layers, min(slots, affordable), capacity)
+        self._check()
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Run one step. Returns logits [positions, vocab]: for every row that asked for them, at its last
+        pending token and then at each guess, row after row.
+
+        Writes keys and values behind each slot's committed ones, as scratch: nothing is counted until
+        `cache.commit`, so a step that failed or was thrown away can be run again.
+        """
+        step = pack(rows, self.cache, self.device)
+        if not step.keep.numel():  # nothing wants logits; one row keeps the model's head happy
+            step = pack([*rows[:-1], Row(rows[-1].slot, rows[-1].pending, rows[-1].block, True)], self.cache, self.device)
+            keep = step.keep[:1]
+        else:
+            keep = step.keep
+        with attending(self._configs, step.attention):
+            return self._call(step.tokens, step.positions, keep)
+
+    def _call(self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        extra: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in self._arguments else {}
+        logits: torch.Tensor = self.model(input_ids=tokens, position_ids=positions, use_cache=False, **extra).logits[0]
+        return logits if extra else logits[keep]
+
+    @torch.inference_mode()
+    def _probe(self) -> list[Any]:
+        """What each attention layer caches, learnt by watching a forward pass."""
+        kind = self.config.model_type
+        if self.model.config.is_encoder_decoder:
+            raise ModelError(f"{kind} is an encoder-decoder model; the engine runs decoder-only models.")
+        probe = ShapeProbe()
+        tokens = self._sample_tokens(4)
+        with attending(self._configs, probe):
+            try:
+                positions = torch.arange(4, device=self.device)[None]
+                self._call(tokens[None], positions, torch.arange(4, device=self.device))
+            except TypeError as error:
+                raise ModelError(f"{kind} models do not take packed positions, so the engine cannot run them: {error}")
+        layers = int(self.config.num_hidden_layers)
+        if set(probe.layers) != set(range(layers)):
+            raise ModelError(
+                f"{len(probe.layers)} of the {layers} layers of this {kind} model use transformers' attention "
+                "interface; layers that keep state elsewhere (recurrent or convolutional ones) cannot roll "
+                "back, so the engine cannot run it. Use a pure attention model."
+            )
+        return [probe.layers[i] for i in range(layers)]
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        """Compare two ragged sequences, run packed and in pieces, with the model's own plain forward."""
+        tokens = self._sample_tokens(9).tolist()
+        prompts = [tokens[:9], tokens[2:7]]
+        slots = [0, self.cache.slots - 1] if self.cache.slots > 1 else [0]
+        prompts = prompts[: len(slots)]
+        try:
+            pieces = []
+            for begin, end in ((0, 4), (4, 9)):
+                rows = [Row(s, p[begin:begin + 1], Block(p[begin + 1 : end])) for s, p in zip(slots, prompts, strict=True)]
+                logits = self.forward(rows)
+                pieces.append(logits.split([len(row) for row in rows]))
+                for row in rows:
+                    self.cache.commit(row.slot, [*row.pending, *row.block.tokens])
+            for i, prompt in enumerate(prompts):
+                ours = torch.cat([piece[i] for piece in pieces]).float()
+                plain = self.model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False).logits[0].float()
+                loose = 1e-3 if self.model.dtype == torch.float32 else 0.1
+                gap = (ours - plain).abs().max() / plain.abs().max().clamp(min=1e-6)
+                if not gap <= loose:
+                    raise ModelError(
+                        f"this {self.config.model_type} model gives other logits when run in blocks (relative "
+                        f"difference {gap:.2g}), so it does not honour positions or masks the way the engine "
+                        "needs; it cannot be run."
+                    )
+        finally:
+            self.cache.lengths[:] = 0
+
+    def _sample_tokens(self, count: int) -> torch.Tensor:
+        """A few arbitrary but fixed token ids."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        return (torch.arange(count, device=self.device) * 7919 + 11) % rows
+
+
+def _context_length(config: Any) -> int:
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise ModelError(f"the configuration of this {config.model_type} model names no maximum context length.")
+
+
+def _attention_configs(model: PreTrainedModel) -> list[Any]:
+    """The configuration objects that the model's modules read their attention implementation from."""
+    found: dict[int, Any] = {id(model.config): model.config}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

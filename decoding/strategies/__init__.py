@@ -1,0 +1,8 @@
+"""Every way to turn a request into an answer."""
+
+from decoding.strategies.autoregressive import Autoregressive
+from decoding.strategies.base import REGISTRY, Strategy, TokenStrategy, parse
+from decoding.strategies.jacobi import Jacobi
+from decoding.strategies.speculative import Speculative
+
+__all__ = ["REGISTRY", "Autoregressive", "Jacobi", "Speculative", "Strategy", "TokenStrategy", "parse"]

@@ -1,0 +1,100 @@
+"""Values written as text: `name` or `name(option=value, …)`, for command lines, TOML files and records."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar
+
+from decoding.errors import InvalidRequest, UnknownName
+
+
+class TextForm:
+    """Gives a class with a `name` its text form; the options are its fields if it is a dataclass."""
+
+    name: ClassVar[str]
+
+    def __str__(self) -> str:
+        """The shortest text that parses back into an equal value."""
+        options = []
+        for option in fields(self) if is_dataclass(self) else ():
+            value = getattr(self, option.name)
+            if option.init and value != option.default:
+                options.append(f"{option.name}={_to_text(value)}")
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
+
+def build(cls: type[Any], name: str, options: dict[str, Any]) -> Any:
+    """Construct `cls` from parsed options, with errors that name what is wrong."""
+    known = [option.name for option in fields(cls) if option.init] if is_dataclass(cls) else []
+    for option in options:
+        if option not in known:
+            raise UnknownName(f"option of {name}", option, known)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise InvalidRequest(f"{name}: {error}") from error
+
+
+def parse_call(text: str) -> tuple[str, dict[str, Any]]:
+    """Split `name(key=value, …)`. Values become numbers, booleans, None or text; nested calls stay text."""
+    match = re.fullmatch(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", text, flags=re.DOTALL)
+    if match is None:
+        raise InvalidRequest(f"{text!r} is not of the form name or name(option=value, …).")
+    name, inside = match.group(1), match.group(2)
+    options: dict[str, Any] = {}
+    for part in _split(inside or "", text):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise InvalidRequest(f"{part.strip()!r} in {text!r} is not of the form option=value.")
+        options[key.strip()] = _from_text(value.strip())
+    return name, options
+
+
+def _split(inside: str, whole: str) -> list[str]:
+    """Split at commas outside parentheses and quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for at, char in enumerate(inside):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "\"'":
+            quote = char
+        elif char == "(":
+            depth += 1
+        elif char == ")":
+            depth -= 1
+        elif char == "," and depth == 0:
+            parts.append(inside[start:at])
+            start = at + 1
+        if depth < 0:
+            break
+    if depth or quote:
+        raise InvalidRequest(f"parentheses or quotes do not match in {whole!r}.")
+    parts.append(inside[start:])
+    return [part for part in parts if part.strip()]
+
+
+def _from_text(value: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
+        return value[1:-1]
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _to_text(value: Any) -> str:
+    if isinstance(value, (bool, type(None))):
+        return str(value).lower()
+    if isinstance(value, str):
+        try:
+            plain = parse_call(value)[0] and _from_text(value) == value
+        except InvalidRequest:
+            plain = False
+        return value if plain else ('"%s"' if "'" in value else "'%s'") % value
+    return str(value)
