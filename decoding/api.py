@@ -41,7 +41,14 @@ def load(
     loaded = load_model(
         name_or_path, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
-    return LocalBackend(loaded.model, loaded.tokenizer, name=name_or_path, slots=slots, capacity=capacity)
+    return LocalBackend(
+        loaded.model,
+        loaded.tokenizer,
+        name=loaded.name,
+        eos=loaded.eos_token_ids,
+        slots=slots,
+        capacity=capacity,
+    )
 
 
 def resolve(strategy: Strategy | str) -> Strategy:

@@ -7,7 +7,7 @@ definition can change without running anything again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +125,8 @@ def acceptance_histogram(trace: Sequence[Step]) -> dict[int, int]:
         if not step.prefill:
             counts[step.committed] = counts.get(step.committed, 0) + 1
     return dict(sorted(counts.items()))
+
+
+def shifted(trace: Iterable[Step], seconds: float) -> list[Step]:
+    """The same steps on a clock that started `seconds` earlier."""
+    return [replace(step, start=step.start + seconds) for step in trace]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from decoding.errors import CapabilityError
@@ -37,6 +37,13 @@ class Backend(ABC):
         on_text: OnText | None = None,
     ) -> Generation:
         """Continue `prompt`, after the beginning `prefill` of the answer, which the result does not repeat."""
+
+    def forget(self) -> None:
+        """Reuse nothing of earlier requests for the next one, as far as this side decides."""
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text of every token on its own, for display; empty if the backend does not know."""
+        return []
 
     def require(self, strategy: Strategy) -> None:
         """Raise CapabilityError if the strategy needs what this backend lacks."""

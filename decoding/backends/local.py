@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from collections.abc import Sequence as List
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ class LocalBackend(Backend):
     """A Hugging Face model behind the engine. `decoding.load` makes one.
 
     model, tokenizer: the Hugging Face objects; using them directly does not disturb the engine.
-    engine: the token-level engine. slots and capacity are the runner's.
+    engine: the token-level engine. eos: ids that end an answer. slots, capacity, step_tokens: see `Runner` and `Engine`.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"text", "prefill", "tokens"})
@@ -38,6 +39,7 @@ class LocalBackend(Backend):
         tokenizer: PreTrainedTokenizerBase,
         *,
         name: str = "",
+        eos: Iterable[int] = (),
         slots: int = 32,
         capacity: int | None = None,
         step_tokens: int = 512,
@@ -46,7 +48,7 @@ class LocalBackend(Backend):
         self.tokenizer = tokenizer
         self.name = name or model.config.model_type
         self.engine = Engine(Runner(model, slots, capacity), step_tokens)
-        self.eos = _eos_ids(model, tokenizer)
+        self.eos = frozenset(eos)
         self._decoders: dict[TokenStrategy, Decoder] = {}
         self._answers: dict[Sequence, asyncio.Future[None]] = {}
         self._pump: asyncio.Task[None] | None = None
@@ -91,6 +93,12 @@ class LocalBackend(Backend):
         if strategy not in self._decoders:
             self._decoders[strategy] = strategy.decoder(self)
         return self._decoders[strategy]
+
+    def forget(self) -> None:
+        self.engine.cache.forget()
+
+    def pieces(self, tokens: List[int]) -> list[str]:
+        return [self.tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in tokens]
 
     async def complete(
         self,
@@ -168,12 +176,3 @@ class LocalBackend(Backend):
             # Give strategies that were waiting for these time to submit what comes next.
             for _ in range(4 if ended else 1):
                 await asyncio.sleep(0)
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The generation configuration's end-of-sequence ids, or else the tokenizer's."""
-    config: Any = model.generation_config
-    ids = None if config is None else config.eos_token_id
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)

@@ -110,6 +110,10 @@ class KVCache:
         """Give a slot back. Its contents stay, for prompts that begin alike, until it is taken again."""
         self._free.add(slot)
 
+    def forget(self) -> None:
+        """Drop what free slots still hold, so that nothing of it is reused."""
+        self.lengths[sorted(self._free)] = 0
+
     def discard(self, slot: int) -> None:
         """Give a slot back and wipe it (after a failure, so that no NaN survives)."""
         for keys, values in self._stacks:

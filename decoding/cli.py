@@ -1,0 +1,269 @@
+"""The command line: `decoding generate | compare | report | models`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from decoding.backends.local import LocalBackend
+    from decoding.types import SamplingParams
+
+# Imports are made where they are needed: `--help` and a mistyped option should not wait for torch.
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n(see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0, or 2 after one sentence on standard error that says what is wrong."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    options = _parser(arguments).parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    from decoding.errors import DecodingError
+
+    try:
+        result: int = options.run(options)
+        return result
+    except DecodingError as error:
+        print(f"decoding {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone; there is nobody to tell
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted.", file=sys.stderr)
+        return 130
+
+
+def _parser(arguments: Sequence[str] | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="decoding",
+        description="Parallel decoding: skeleton-of-thought, speculation and iterative refinement on one engine.",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more about what is going on")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    wanted = sys.argv[1:] if arguments is None else list(arguments)
+    catalogue = _catalogue() if {"-h", "--help"} & set(wanted) else ""
+
+    def command(name: str, summary: str, run: object, epilog: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    generate = command("generate", "answer one prompt, streaming it to the terminal", _generate, catalogue)
+    generate.add_argument("prompt", help="the question; - reads it from standard input")
+    generate.add_argument("--strategy", default="autoregressive", help="strategy, in text form")
+    _model_options(generate)
+    _sampling_options(generate)
+    generate.add_argument("--metrics", action="store_true", help="print the metrics on standard error afterwards")
+
+    compare = command("compare", "answer questions with several strategies, side by side", _compare, catalogue)
+    compare.add_argument("questions", nargs="?", default="default", help="a question file or a shipped suite")
+    compare.add_argument(
+        "--strategies",
+        nargs="+",
+        default=["autoregressive", "speculative", "jacobi", "skeleton"],
+        metavar="STRATEGY",
+        help="strategies, in text form; 'autoregressive' is the baseline",
+    )
+    compare.add_argument("--limit", type=int, help="only the first N questions")
+    compare.add_argument("--categories", nargs="+", metavar="CATEGORY", help="only these categories")
+    compare.add_argument("--repeats", type=int, default=1, help="times every answer is made (%(default)s)")
+    compare.add_argument("--streams", type=int, default=1, help="questions answered at once (%(default)s)")
+    compare.add_argument("--output", type=Path, help="run directory (runs/DATE-TIME)")
+    compare.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR, same options")
+    _model_options(compare)
+    _sampling_options(compare)
+
+    report = command("report", "make the table and the HTML page of a run again, or compare two runs", _report)
+    report.add_argument("directory", type=Path, help="run directory")
+    report.add_argument("other", type=Path, nargs="?", help="another run, to compare with")
+
+    command("models", "list the models that can be named, and where they are", _models)
+    return parser
+
+
+def _catalogue() -> str:
+    """Every strategy, drafter and model, for `--help`."""
+    from decoding import drafting
+    from decoding.models import aliases
+    from decoding.strategies import REGISTRY
+
+    def lines(title: str, rows: Sequence[tuple[str, str]]) -> str:
+        width = max(len(name) for name, _ in rows)
+        return title + "\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+
+    return "\n\n".join(
+        [
+            lines("strategies:", [(name, strategy.summary) for name, strategy in REGISTRY.items()]),
+            lines("drafters, for speculative(drafter=...):", [(n, d.summary) for n, d in drafting.names().items()]),
+            lines("models:", [(a.name, a.description) for a in aliases()]),
+            "Options go in parentheses and may nest: 'skeleton(inner=speculative(drafter=prompt-lookup))'.",
+        ]
+    )
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="smollm2-135m", help="alias, folder, .gguf file or hub id (%(default)s)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (a GPU if there is one)")
+    group.add_argument("--dtype", help="float32, bfloat16, float16 (float32 on a CPU)")
+    group.add_argument("--device-map", help="spread the model over devices, e.g. auto")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that a model ships")
+    group.add_argument("--slots", type=int, default=32, help="sequences held in the cache at once (%(default)s)")
+    group.add_argument("--capacity", type=int, help="tokens per sequence (the context, at most 2048)")
+
+
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", type=int, default=256, help="(%(default)s)")
+    group.add_argument("--min-new-tokens", type=int, default=0)
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    group.add_argument("--top-k", type=int, default=0)
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--repetition-penalty", type=float, default=1.0)
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer here; repeatable")
+
+
+def _params(options: argparse.Namespace) -> SamplingParams:
+    from decoding.types import SamplingParams
+
+    return SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+        min_new_tokens=options.min_new_tokens,
+        stop=options.stop,
+    )
+
+
+def _load(options: argparse.Namespace, console: Console) -> LocalBackend:
+    from decoding.api import load
+
+    with console.status(f"loading {options.model}"):
+        return load(
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            device_map=options.device_map,
+            trust_remote_code=options.trust_remote_code,
+            slots=options.slots,
+            capacity=options.capacity,
+        )
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.api import generate, resolve
+
+    strategy = resolve(options.strategy)
+    params = _params(options)
+    lm = _load(options, Console(stderr=True))
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    generation = generate(prompt, lm, strategy=strategy, params=params, on_text=show)
+    print()
+    if options.metrics:
+        for name, value in vars(generation.metrics).items():
+            print(f"{name:>22}  {value:.4g}", file=sys.stderr)
+    if generation.error is not None:
+        print(f"decoding generate: error: {generation.error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.api import resolve
+    from decoding.compare import Comparison, execute
+    from decoding.errors import InvalidRequest
+    from decoding.progress import Live
+    from decoding.questions import load_questions
+    from decoding.report import print_summary, read_run, summarize, write_report
+
+    if options.resume is not None and options.output is not None:
+        raise InvalidRequest("give either --output for a new run or --resume for one to go on with.")
+    console = Console(stderr=True)
+    comparison = Comparison(
+        questions=load_questions(options.questions, limit=options.limit, categories=options.categories),
+        strategies=[resolve(text) for text in options.strategies],
+        params=_params(options),
+        repeats=options.repeats,
+        streams=options.streams,
+    )
+    output = options.resume or options.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    lm = _load(options, console)
+    with Live(comparison, console) as live:
+        execute(
+            comparison,
+            lm,
+            output,
+            questions_from=str(options.questions),
+            resume=options.resume is not None,
+            progress=live.update,
+        )
+    run = read_run(output)
+    print_summary(summarize(run))
+    print(f"records: {output / 'records.jsonl'}\nreport:  {write_report(run, output)}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from decoding.report import compare_runs, print_comparison, print_summary, read_run, summarize, write_report
+
+    run = read_run(options.directory)
+    if options.other is not None:
+        print_comparison(compare_runs(run, read_run(options.other)))
+        return 0
+    print_summary(summarize(run))
+    print(f"report: {write_report(run, options.directory)}")
+    return 0
+
+
+def _models(_: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from decoding.models import aliases
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("model", "", "where"):
+        table.add_column(column, overflow="fold")
+    for alias in aliases():
+        paths = alias.paths
+        table.add_row(
+            alias.name,
+            alias.description,
+            f"not installed: {alias.install}" if paths is None else str(paths[0]),
+        )
+    Console().print(table)
+    print("Any local folder in Hugging Face's layout, .gguf file or hub id (owner/name) works too.")
+    return 0

@@ -1,0 +1,61 @@
+"""What a comparison shows while it runs."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from decoding.compare import Comparison
+from decoding.questions import Question
+from decoding.report import AnswerRecord
+from decoding.strategies import Strategy
+
+
+class Live:
+    """One bar for the whole run, and one line per strategy with its speed so far."""
+
+    def __init__(self, comparison: Comparison, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        answers = len(comparison.questions) * comparison.repeats
+        self._all = self._progress.add_task("all answers", total=answers * len(comparison.strategies), note="")
+        self._rows = {
+            str(strategy): self._progress.add_task(str(strategy), total=answers, note="", start=False)
+            for strategy in comparison.strategies
+        }
+        self._tokens = dict.fromkeys(self._rows, 0)
+        self._seconds = dict.fromkeys(self._rows, 0.0)
+
+    def update(self, question: Question | None, strategy: Strategy, record: AnswerRecord | None) -> None:
+        """See `decoding.compare.Progress`."""
+        name = str(strategy)
+        row = self._rows[name]
+        if question is None:
+            self._progress.update(row, note="warming up")
+        elif record is None:
+            self._progress.start_task(row)
+            self._progress.update(self._all, note=f"{question.category} · {question.id}")
+        else:
+            self._tokens[name] += record.metrics.new_tokens
+            self._seconds[name] += record.metrics.seconds
+            speed = self._tokens[name] / self._seconds[name] if self._seconds[name] else 0.0
+            self._progress.update(row, advance=1, note=f"{speed:.1f} tokens/s")
+            self._progress.update(self._all, advance=1)
+
+    def __enter__(self) -> Live:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
