@@ -68,7 +68,7 @@ def converted(parts: Sequence[Path]) -> Path:
         return folder
     metadata = read_metadata(parts[0])
     try:
-        logger.warning("Converting %s to safetensors once, in %s; this takes about a minute.", parts[0].name, root)
+        logger.warning("Converting %s to safetensors once, in %s (this can take a minute).", parts[0].name, root)
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{key}.lock"):
             if not folder.is_dir():
@@ -76,10 +76,13 @@ def converted(parts: Sequence[Path]) -> Path:
                 partial = root / f"{key}.partial"
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-                with _whole(parts, partial) as gguf:
-                    _convert(gguf, metadata, partial)
-                _flush(partial.iterdir())
-                partial.rename(folder)
+                try:
+                    with _whole(parts, partial) as gguf:
+                        _convert(gguf, metadata, partial)
+                    _flush(partial.iterdir())
+                    partial.rename(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise ModelError(
             f"cannot convert {parts[0].name} in the cache {root}: {error}; "
@@ -106,7 +109,9 @@ def read_metadata(path: Path) -> dict[str, Scalar]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return dict(_entries(data))
-    except (ValueError, struct.error, LookupError) as error:
+    except (struct.error, LookupError) as error:
+        raise ModelError(f"{path} is a damaged GGUF file: its header is incomplete or unreadable.") from error
+    except ValueError as error:
         raise ModelError(f"{path} is not a GGUF file, or is damaged: {error}.") from error
 
 

@@ -150,7 +150,7 @@ def load_model(
         return _from_folder(path, path.resolve().name, options)
     if isinstance(name_or_path, str) and _is_hub_id(text):
         return _from_hub(text, options)
-    if path.parent != Path() or path.suffix.lower() == ".gguf" or not isinstance(name_or_path, str):
+    if Path(text).name != text or path.suffix.lower() == ".gguf" or not isinstance(name_or_path, str):
         raise ModelError(f"there is no model at {path}: no such folder or .gguf file.")
     raise UnknownName("model alias, folder, .gguf file or hub id (owner/name)", text, [a.name for a in aliases()])
 
