@@ -16,7 +16,7 @@ import torch
 
 from decoding.models import DEFAULT_MODEL, LoadedModel, load_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")
