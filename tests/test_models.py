@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,11 +76,11 @@ def test_the_default_model_is_float32_with_its_chat_template_and_end_of_turn(smo
 
 def test_the_default_model_answers(smollm: LoadedModel) -> None:
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = smollm.tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    output = smollm.model.generate(**inputs, max_new_tokens=16, do_sample=False)
-    assert "Paris" in smollm.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    text = str(smollm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+    tokens = torch.tensor([smollm.tokenizer(text).input_ids])
+    model: Any = smollm.model
+    output = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=16, do_sample=False)
+    assert "Paris" in str(smollm.tokenizer.decode(output[0, tokens.shape[1] :]))
 
 
 @pytest.mark.parametrize("text", ["a , b .", "naïve café — 漢字 😀", "x = 12345\n\n    67", "▁ and   tabs\t\t."])
@@ -252,7 +253,8 @@ def test_a_dtype_is_what_was_asked_for(folder: Path, dtype: str | torch.dtype | 
 
 
 def test_auto_keeps_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
-    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    model: Any = tiny_model("llama")
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     assert load_model(tmp_path, device="cpu", dtype="auto").model.dtype == torch.bfloat16
     assert load_model(tmp_path, device="cpu").model.dtype == torch.float32
