@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from tests.tiny import byte_alphabet, tiny_model
 
-TOKENS = [*byte_alphabet(), "he", "<bos>", "<eos>", "<turn>"]
-BOS, EOS, TURN = 257, 258, 259
+TOKENS = [*byte_alphabet(), "he", "in", "<bos>", "<eos>", "<turn>"]
+BOS, EOS, TURN = 258, 259, 260
 TEMPLATE = "{% for message in messages %}<turn>{{ message.content }}{% endfor %}"
 
 
@@ -39,7 +39,7 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(TOKENS)
     writer.add_token_types([TokenType.CONTROL if token.startswith("<") and token != "<" else 1 for token in TOKENS])
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["h e", "i n"])
     writer.add_bos_token_id(BOS)
     writer.add_eos_token_id(EOS)
     writer.add_eot_token_id(TURN)
