@@ -1,0 +1,115 @@
+"""Two runs side by side: did anything change between them, and is the difference more than chance?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from decoding.report import statistics
+from decoding.report.redaction import Json
+from decoding.report.runfile import Run
+from decoding.report.statistics import Interval
+from decoding.report.summary import first_answers, per_question_seconds, summarize
+
+
+@dataclass(frozen=True)
+class StrategyChange:
+    """One strategy in both runs, on the questions that it answered in both.
+
+    faster: Σ seconds of the first run ÷ Σ seconds of the second, paired by question; above 1 the second is faster.
+    speedups: over plain decoding in each run. agree: each run's speed-up lies in the other's interval; None where
+    one of them has none. identical of compared answers have the same tokens in both runs.
+    """
+
+    strategy: str
+    questions: int
+    faster: Interval
+    speedups: tuple[Interval | None, Interval | None]
+    agree: bool | None
+    identical: int
+    compared: int
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """The second run against the first. missing: strategies that only one of them has; settings: (name, value in
+    the first, value in the second) of everything in configuration and environment that differs."""
+
+    names: tuple[str, str]
+    changes: tuple[StrategyChange, ...]
+    missing: tuple[str, ...]
+    settings: tuple[tuple[str, str, str], ...]
+
+
+def compare_runs(first: Run, second: Run, *, seed: int = 0) -> RunComparison:
+    """Compare two runs strategy by strategy; either may hold strategies and questions that the other lacks."""
+    summaries = summarize(first, seed=seed), summarize(second, seed=seed)
+    changes = []
+    for strategy in first.strategies:
+        if strategy not in second.strategies:
+            continue
+        times = [per_question_seconds(run, strategy) for run in (first, second)]
+        both = [question for question in times[0] if question in times[1]]
+        before, after = (np.array([seconds[question] for question in both]) for seconds in times)
+        answers = [first_answers(run, strategy) for run in (first, second)]
+        found = [summary.row(strategy).comparison for summary in summaries]
+        one, other = (comparison.speedup if comparison else None for comparison in found)
+        changes.append(
+            StrategyChange(
+                strategy=strategy,
+                questions=len(both),
+                faster=statistics.bootstrap(statistics.ratio_of_sums, before, after, seed=seed),
+                speedups=(one, other),
+                agree=one.contains(other.estimate) and other.contains(one.estimate) if one and other else None,
+                identical=sum(list(answers[0][q].tokens) == list(answers[1][q].tokens) for q in both),
+                compared=len(both),
+            )
+        )
+    return RunComparison(
+        names=(first.name or "first", second.name or "second"),
+        changes=tuple(changes),
+        missing=tuple(sorted(set(first.strategies) ^ set(second.strategies))),
+        settings=tuple(_settings(first, second)),
+    )
+
+
+def _settings(first: Run, second: Run) -> Iterator[tuple[str, str, str]]:
+    sides = []
+    for run in (first, second):
+        everything: dict[str, Json] = {
+            "config": run.header.config,
+            "environment": dataclasses.asdict(run.header.environment),
+        }
+        sides.append(dict(flatten(everything)))
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        one, other = (side.get(name, "") for side in sides)
+        if one != other:
+            yield name.removeprefix("config."), one, other
+
+
+def flatten(value: Json, name: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of nested JSON as (dotted name, text)."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from flatten(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, Sequence) and not isinstance(value, str) and value:
+        if all(not isinstance(item, Mapping) for item in value):
+            yield name, ", ".join(_leaf(item) for item in value)
+        else:
+            for i, item in enumerate(value):
+                yield from flatten(item, f"{name}.{i}")
+    else:
+        yield name, _leaf(value)
+
+
+def _leaf(value: Json) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (Mapping, Sequence)) and not value:
+        return ""
+    return str(value)

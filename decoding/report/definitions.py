@@ -1,0 +1,93 @@
+"""What every figure means, once: tables, exports and the page quote these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A figure's short name, its formula, and one sentence for whoever reads it first."""
+
+    name: str
+    formula: str
+    meaning: str
+
+
+DEFINITIONS: Mapping[str, Definition] = {
+    "seconds": Definition(
+        "seconds per answer",
+        "mean over questions of t",
+        "t is the wall-clock time of one answer from submission to its last token; repeats are averaged per question.",
+    ),
+    "speedup": Definition(
+        "speed-up",
+        "Σ t(plain) ÷ Σ t(strategy)",
+        "Sums run over the questions that both answered: how much sooner the whole set is done.",
+    ),
+    "speedup_geometric": Definition(
+        "speed-up, geometric mean",
+        "exp( mean of ln( t(plain) ÷ t(strategy) ) )",
+        "Every question weighs the same, however long its answer.",
+    ),
+    "speedup_per_token": Definition(
+        "speed-up per token",
+        "( Σ t(plain) ÷ Σ n(plain) ) ÷ ( Σ t(strategy) ÷ Σ n(strategy) )",
+        "n counts new tokens; differs from the speed-up where a strategy writes longer or shorter answers.",
+    ),
+    "interval": Definition(
+        "95 % interval",
+        "BCa bootstrap, questions drawn with replacement, both strategies together",
+        "Where the figure would lie for other questions like these; it does not cover other machines or models.",
+    ),
+    "p_value": Definition(
+        "p",
+        "sign-flip test of ln( t(plain) ÷ t(strategy) ), Holm-corrected over strategies",
+        "The chance of so large a difference if the strategy were as fast as plain decoding.",
+    ),
+    "detectable": Definition(
+        "detectable",
+        "exp( (t₀.₉₇₅ + t₀.₈) · s ÷ √n ), s = standard deviation of ln( t(plain) ÷ t(strategy) )",
+        "The smallest true speed-up that a run of this size would notice four times out of five.",
+    ),
+    "tokens": Definition(
+        "tokens",
+        "mean over questions of n",
+        "New tokens per answer, intermediate text such as an outline included; one counter for all strategies.",
+    ),
+    "forwards": Definition(
+        "forwards",
+        "mean over questions of the target's forward passes after prefill",
+        "Passes in which several sequences of one answer took part count once.",
+    ),
+    "tokens_per_forward": Definition(
+        "tokens per forward",
+        "Σ tokens after prefill ÷ Σ forwards",
+        "All sequences of an answer together; plain decoding has 1.",
+    ),
+    "acceptance_length": Definition(
+        "acceptance length",
+        "Σ tokens after prefill ÷ Σ (forwards × sequences in them)",
+        "Tokens that one sequence gains per pass, bonus token included; plain decoding has 1.",
+    ),
+    "identical": Definition(
+        "same as plain",
+        "answers with exactly plain decoding's tokens ÷ answers compared",
+        "A strategy that promises losslessness must reach all of them, ties aside.",
+    ),
+    "similarity": Definition(
+        "similarity to plain",
+        "mean of 2·LCS(words) ÷ (words + words of plain)",
+        "ROUGE-L F1 against plain decoding's answer; says how alike the texts are, not which one is better.",
+    ),
+    "quality": Definition(
+        "quality",
+        "mean over questions of the mean of the question's measures (0 to 1)",
+        "Which measures apply depends on the question: exact match, overlap with a reference, a judge.",
+    ),
+    "peak_memory": Definition("peak memory", "largest over answers", "Most memory in use while an answer was made."),
+    "failures": Definition(
+        "failures", "answers that ended in an error or were cancelled", "They count in no other figure."
+    ),
+}

@@ -1,0 +1,67 @@
+"""What a reader should know before believing a run's figures, one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from decoding.report import statistics
+from decoding.report.measures import step_seconds
+from decoding.report.records import BASELINE
+from decoding.report.runfile import Run
+
+if TYPE_CHECKING:
+    from decoding.report.summary import StrategySummary
+
+
+def notices(run: Run, rows: Sequence[StrategySummary]) -> tuple[str, ...]:
+    """Missing baseline, failures, broken promises of losslessness, drift and disturbances of the machine."""
+    return (*_missing_baseline(rows), *_failures(run, rows), *_broken_promises(rows), *_disturbances(run))
+
+
+def _missing_baseline(rows: Sequence[StrategySummary]) -> Iterator[str]:
+    if not any(row.baseline and row.questions for row in rows):
+        yield f"No complete answer of plain decoding ({BASELINE!r}) is in this run, so there are no speed-ups."
+
+
+def _failures(run: Run, rows: Sequence[StrategySummary]) -> Iterator[str]:
+    for row in rows:
+        if row.failures:
+            error = next((r.error for r in run.records if r.strategy == row.strategy and r.failed and r.error), None)
+            cause = f", the first with: {error.rstrip('.')}" if error else ""
+            yield f"{row.strategy}: {row.failures} of {row.answers} answers failed{cause}."
+
+
+def _broken_promises(rows: Sequence[StrategySummary]) -> Iterator[str]:
+    for row in rows:
+        if row.lossless and row.comparison and row.comparison.differences:
+            differences = row.comparison.differences
+            yield (
+                f"{row.strategy} promises plain decoding's tokens, but {len(differences)} of {row.comparison.compared} "
+                f"answers differ, the first from token {differences[0].position} on "
+                f"(question {differences[0].question_id})."
+            )
+
+
+def _disturbances(run: Run) -> Iterator[str]:
+    """Drift and outliers of plain decoding, whose answers are spread over the whole run. Time is told by their order,
+    because a resumed run starts its clock anew."""
+    plain = [r for r in run.records if r.strategy == BASELINE and not r.failed and step_seconds(r) > 0]
+    plain.sort(key=lambda record: record.order)
+    speeds = [step_seconds(record) for record in plain]
+    questions = [record.question_id for record in plain]
+    if not plain:
+        return
+    moved = statistics.drift([record.order for record in plain], speeds, questions)
+    if moved.flagged:
+        yield (
+            f"Plain decoding's steps got {abs(moved.change):.0%} {'slower' if moved.change > 0 else 'faster'} from "
+            f"start to end (p = {moved.p_value:.2g}): the machine drifted. Ratios are paired within questions and "
+            "hold; absolute times hold less."
+        )
+    odd = list(dict.fromkeys(str(questions[i]) for i in statistics.outliers(speeds, questions)))
+    if odd:
+        yield (
+            f"Plain decoding's steps were far from their usual time on question {', '.join(odd[:8])}"
+            f"{' …' if len(odd) > 8 else ''}: something else may have used the machine."
+        )

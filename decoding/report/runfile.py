@@ -1,0 +1,254 @@
+"""A run directory on disk: records appended one by one, so that a run killed at any moment loses at most one answer.
+
+What `RecordWriter` promises: an appended record survives the process and the machine (flush and fsync before
+`append` returns); no key is ever written twice; a line cut off by a crash is dropped with a notice when the run
+resumes; a full disk costs the record being written and nothing before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from decoding.errors import RecordError
+from decoding.report.records import BASELINE, SCHEMA, AnswerRecord, Key, RunHeader
+
+try:
+    import fcntl
+except ImportError:  # not on this operating system: two writers at once are then the user's to avoid
+    fcntl = None  # type: ignore[assignment]
+
+FILE = "records.jsonl"
+"""Name of the records within a run directory."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run read back: its header and its answers in the order they were made.
+
+    notices: what was wrong with the file but could be mended, one sentence each.
+    """
+
+    header: RunHeader
+    records: tuple[AnswerRecord, ...]
+    name: str = ""
+    notices: tuple[str, ...] = field(default=())
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Every strategy in order of appearance, plain decoding first."""
+        names = dict.fromkeys(record.strategy for record in self.records)
+        return tuple(sorted(names, key=lambda name: name != BASELINE))
+
+
+def read_run(directory: str | os.PathLike[str]) -> Run:
+    """Read a run directory, or a records file.
+
+    A damaged last line is left out with a notice. Raises RecordError if there are no records, if another line
+    is damaged, if a key appears twice, or if the records follow a newer schema.
+    """
+    path = Path(directory)
+    path = path / FILE if path.is_dir() else path
+    contents = _read(path)
+    if contents.header is None:
+        raise RecordError(f"{path} holds no complete header, so the run never started; start it again.")
+    return Run(contents.header, tuple(contents.records), path.parent.name, contents.notices)
+
+
+class RecordWriter:
+    """Append answers to the records of a run; a context manager.
+
+    directory: made if it does not exist.
+    resume: continue the records found there, which must come from the same configuration. Without it, a
+        directory that already holds records is refused.
+
+    Raises RecordError if the records cannot be opened, belong to another configuration, follow another schema,
+    are damaged before their last line, or are being written by another process.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], header: RunHeader, *, resume: bool = False) -> None:
+        self.path = Path(directory) / FILE
+        self.header = header
+        self.notices: tuple[str, ...] = ()
+        self._done: dict[Key, AnswerRecord] = {}
+        with _explained(self.path, "opened"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not resume and self.path.exists() and self.path.stat().st_size:
+                raise RecordError(
+                    f"{self.path} already holds records; resume that run, or choose another output directory."
+                )
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._lock()
+            self._continue()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def done(self) -> Mapping[Key, AnswerRecord]:
+        """Every record written so far, by key; those found when resuming included."""
+        return self._done
+
+    def append(self, record: AnswerRecord) -> None:
+        """Write one record; when this returns, it is on disk.
+
+        Raises RecordError if its key is already there or if it cannot be written; records written earlier stay
+        as they were, and the writer can be used again once there is space.
+        """
+        if record.key in self._done:
+            raise RecordError(f"the answer {record.key} is already recorded in {self.path}.")
+        self._write_line(record.to_json())
+        self._done[record.key] = record
+
+    def close(self) -> None:
+        """Give the file back. Safe to call twice."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecordError(f"{self.path} is being written by another process; wait until it has ended.") from None
+
+    def _continue(self) -> None:
+        """Take over what the file holds, cut off what is damaged at its end, and place the end of the file."""
+        found = _read(self.path)
+        with _explained(self.path, "mended"):
+            os.ftruncate(self._file, found.sound_bytes)
+        self._end = found.sound_bytes
+        self.notices = found.notices
+        if found.header is None:
+            self._write_line(self.header.to_json())
+            _sync_directory(self.path.parent)
+            return
+        if found.header.config_hash != self.header.config_hash:
+            raise RecordError(
+                f"{self.path} was made with another configuration ({found.header.config_hash}, not "
+                f"{self.header.config_hash}); resume with that one, or choose another output directory."
+            )
+        if found.header.schema != SCHEMA:
+            raise RecordError(
+                f"{self.path} follows schema {found.header.schema}, but this version writes {SCHEMA}; "
+                "choose another output directory."
+            )
+        self.header = found.header
+        self._done = {record.key: record for record in found.records}
+        if found.unfinished_line:
+            self._write(b"\n")
+
+    def _write_line(self, data: Mapping[str, Any]) -> None:
+        if self._file < 0:
+            raise RecordError(f"the writer of {self.path} is closed.")
+        self._write(_encode(data))
+
+    def _write(self, line: bytes) -> None:
+        try:
+            os.lseek(self._file, self._end, os.SEEK_SET)
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fsync(self._file)
+        except OSError as error:
+            # What was written of this line must not stay: the next append would continue it.
+            with suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise RecordError(
+                f"{self.path} could not be written ({_reason(error)}); the {len(self._done)} answers before are safe: "
+                "make space and resume the run."
+            ) from error
+        self._end += len(line)
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """A records file as found. sound_bytes: length up to the last whole line."""
+
+    header: RunHeader | None
+    records: list[AnswerRecord]
+    sound_bytes: int
+    unfinished_line: bool
+    notices: tuple[str, ...]
+
+
+def _read(path: Path) -> _Contents:
+    header: RunHeader | None = None
+    records: dict[Key, AnswerRecord] = {}
+    sound = 0
+    with _explained(path, "read"), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        line = b""
+        for number, line in enumerate(file, 1):
+            try:
+                data = json.loads(line)
+            except ValueError:
+                if sound + len(line) < size:
+                    raise RecordError(
+                        f"{path}, line {number}: damaged, and not the last line; "
+                        "remove that line to use the other records."
+                    ) from None
+                notice = f"{path}, line {number}: cut off in the middle, so it was dropped; that answer is made again."
+                return _Contents(header, list(records.values()), sound, False, (notice,))
+            try:
+                if not isinstance(data, dict) or data.get("kind") != ("answer" if header else "header"):
+                    raise RecordError("not a header followed by answers.")
+                if header is None:
+                    header = RunHeader.from_json(data)
+                else:
+                    record = AnswerRecord.from_json(data)
+                    if record.key in records:
+                        raise RecordError(f"the answer {record.key} appears a second time.")
+                    records[record.key] = record
+            except RecordError as error:
+                raise RecordError(f"{path}, line {number}: {error}") from None
+            sound += len(line)
+    return _Contents(header, list(records.values()), sound, bool(line) and not line.endswith(b"\n"), ())
+
+
+def _encode(data: Mapping[str, Any]) -> bytes:
+    try:
+        return (json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n").encode()
+    except UnicodeEncodeError:  # half a surrogate pair in a model's text: escaped, it can be written
+        return (json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")) + "\n").encode()
+    except ValueError as error:
+        raise RecordError(f"the answer {data.get('question_id')!r} holds a number that is not finite.") from error
+
+
+@contextmanager
+def _explained(path: Path, done: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(f"{path} could not be {done} ({_reason(error)}).") from error
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the file's name as durable as its contents. Not every system can open a directory; then nothing is lost."""
+    with suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
