@@ -20,7 +20,7 @@ from decoding.errors import (
     RecordError,
     UnknownName,
 )
-from decoding.strategies import Autoregressive, Jacobi, Speculative, Strategy, TokenStrategy
+from decoding.strategies import Autoregressive, Jacobi, SkeletonOfThought, Speculative, Strategy, TokenStrategy
 from decoding.trace import Metrics, Step
 from decoding.types import Generation, SamplingParams
 
@@ -43,6 +43,7 @@ __all__ = [
     "ModelError",
     "RecordError",
     "SamplingParams",
+    "SkeletonOfThought",
     "Speculative",
     "Step",
     "Strategy",

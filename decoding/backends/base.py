@@ -20,11 +20,12 @@ class Backend(ABC):
     """Completes prompts. Strategies are written against this and run on any backend that can do what they need.
 
     capabilities: "text" (complete a prompt), "prefill" (continue an answer that was begun for it),
-    "tokens" (decoders may choose blocks and see logits).
+    "tokens" (decoders may choose blocks and see logits). parameters: of the model, 0 if unknown.
     """
 
     name: str
     capabilities: ClassVar[frozenset[str]]
+    parameters: int = 0
 
     @abstractmethod
     async def complete(

@@ -49,6 +49,7 @@ class LocalBackend(Backend):
         self.name = name or model.config.model_type
         self.engine = Engine(Runner(model, slots, capacity), step_tokens)
         self.eos = frozenset(eos)
+        self.parameters = model.num_parameters()
         self._decoders: dict[TokenStrategy, Decoder] = {}
         self._answers: dict[Sequence, asyncio.Future[None]] = {}
         self._pump: asyncio.Task[None] | None = None

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from decoding.engine.attention import ShapeProbe, attending
 from decoding.engine.block import Block
 from decoding.engine.cache import KVCache
+from decoding.engine.kernels import FlippedLinears
 from decoding.engine.packing import Row, pack
 from decoding.errors import ModelError
 
@@ -40,6 +41,7 @@ class Runner:
         self.context = _context_length(self.config)
         self._configs = _attention_configs(model)
         self._arguments = set(inspect.signature(model.forward).parameters)
+        self._linears = FlippedLinears(model)
         layers = self._probe()
         capacity = min(capacity or 2048, self.context)
         per_slot = capacity * sum(layer.bytes_per_token for layer in layers)
@@ -63,13 +65,8 @@ class Runner:
         `cache.commit`, so a step that failed or was thrown away can be run again.
         """
         step = pack(rows, self.cache, self.device)
-        if not step.keep.numel():  # nothing wants logits; one row keeps the model's head happy
-            step = pack([*rows[:-1], Row(rows[-1].slot, rows[-1].pending, rows[-1].block, True)], self.cache, self.device)
-            keep = step.keep[:1]
-        else:
-            keep = step.keep
-        with attending(self._configs, step.attention):
-            return self._call(step.tokens, step.positions, keep)
+        with attending(self._configs, step.attention), self._linears.active(step.tokens.shape[1]):
+            return self._call(step.tokens, step.positions, step.keep)
 
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         extra: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in self._arguments else {}

@@ -3,6 +3,7 @@
 from decoding.strategies.autoregressive import Autoregressive
 from decoding.strategies.base import REGISTRY, Strategy, TokenStrategy, parse
 from decoding.strategies.jacobi import Jacobi
+from decoding.strategies.skeleton import SkeletonOfThought
 from decoding.strategies.speculative import Speculative
 
-__all__ = ["REGISTRY", "Autoregressive", "Jacobi", "Speculative", "Strategy", "TokenStrategy", "parse"]
+__all__ = ["REGISTRY", "Autoregressive", "Jacobi", "SkeletonOfThought", "Speculative", "Strategy", "TokenStrategy", "parse"]

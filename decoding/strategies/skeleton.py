@@ -1,0 +1,164 @@
+"""Skeleton-of-Thought: outline the answer, then write all points of the outline at the same time.
+
+Ning et al. 2024, "Skeleton-of-Thought: Prompting LLMs for Efficient Parallel Generation".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import prompts
+from decoding.backends.base import Backend, OnText
+from decoding.errors import InvalidRequest
+from decoding.strategies.autoregressive import Autoregressive
+from decoding.strategies.base import Strategy, TokenStrategy, parse
+from decoding.strategies.merge import merge, write_point
+from decoding.strategies.outline import OutlineParser, Point
+from decoding.trace import measure, shifted
+from decoding.types import FinishReason, Generation, Message, Prompt, SamplingParams
+
+
+@dataclass(frozen=True)
+class SkeletonOfThought(Strategy):
+    """Two stages: an outline, then one sequence per point, all in one batch.
+
+    inner: the token-level strategy of both stages. max_points: points beyond these are left out;
+    None leaves the wish to the template and takes up to 10.
+    outline_tokens, point_tokens: limits of the outline and of each point; a request's `max_new_tokens`
+    bounds the points together. prompt: the templates, a name under `prompts/`; "" takes the ones for small
+    models below a billion parameters. templates: a folder whose templates go before the shipped ones.
+
+    An outline of fewer than two points means that the question does not want a list: it is then answered
+    by `inner` alone. The answer's `parts` hold the outline and every point.
+    """
+
+    inner: Strategy | str = Autoregressive()
+    max_points: int | None = None
+    outline_tokens: int = 96
+    point_tokens: int = 96
+    prompt: str = ""
+    templates: str | None = None
+
+    name: ClassVar[str] = "skeleton"
+    summary: ClassVar[str] = "an outline first, then all its points in parallel; another answer than plain decoding's"
+    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+
+    def __post_init__(self) -> None:
+        inner = parse(self.inner) if isinstance(self.inner, str) else self.inner
+        if not isinstance(inner, TokenStrategy):
+            raise InvalidRequest(f"inner must be a token-level strategy, which {inner} is not.")
+        object.__setattr__(self, "inner", inner)
+        for option, least in (("max_points", 2), ("outline_tokens", 1), ("point_tokens", 1)):
+            if option == "max_points" and self.max_points is None:
+                continue
+            if not isinstance(value := getattr(self, option), int) or value < least:
+                raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
+
+    @property
+    def lossless(self) -> bool:
+        return False
+
+    async def answer(
+        self, prompt: Prompt, params: SamplingParams, backend: Backend, on_text: OnText | None = None
+    ) -> Generation:
+        began = time.perf_counter()
+        parts: dict[str, Generation] = {}
+
+        async def part(label: str, chat: prompts.ChatPrompt, limit: int, stop: Sequence[str]) -> Generation:
+            """One sequence of the answer. Every part has a seed of its own, by its label."""
+            seed = params.seed ^ zlib.crc32(label.encode())
+            limited = params.but(
+                max_new_tokens=limit, min_new_tokens=0, seed=seed, stop=(*params.stop, *stop), ignore_eos=False
+            )
+            offset = time.perf_counter() - began
+            generation = await backend.complete(chat.messages, limited, self._inner, prefill=chat.prefill)
+            parts[label] = replace(generation, trace=shifted(generation.trace, offset))
+            return generation
+
+        style = self.prompt or ("skeleton/small" if 0 < backend.parameters < 1e9 else "skeleton")
+        history, question = _conversation(prompt)
+        ask: dict[str, object] = {"question": question, "history": history, "can_prefill": "prefill" in backend.capabilities}
+        if self.max_points is not None:
+            ask["max_points"] = self.max_points
+        chat = prompts.render(f"{style}/outline", folder=self.templates, **ask)
+        outline = await part("outline", chat, self.outline_tokens, ("\n\n",))
+        if outline.error is not None:
+            return _assemble("", outline.finish_reason, parts, began, outline.error)
+        text = chat.prefill + outline.text
+        points = _points(text, self.max_points or 10, cut_off=outline.finish_reason == "length")
+        if len(points) < 2:
+            plain = await self._inner.answer(prompt, params, backend, on_text)
+            parts["answer"] = replace(plain, trace=shifted(plain.trace, time.perf_counter() - began - plain.metrics.seconds))
+            return _assemble(plain.text, plain.finish_reason, parts, began, plain.error)
+        limit = min(self.point_tokens, max(params.max_new_tokens // len(points), 1))
+        texts: list[str | None] = [None] * len(points)
+        shown = 0
+
+        async def expand(place: int, point: Point) -> Generation:
+            nonlocal shown
+            chat = prompts.render(
+                f"{style}/expand", folder=self.templates, outline=text, index=point.index, title=point.title, **ask
+            )
+            generation = await part(f"point {place + 1}", chat, limit, ())
+            texts[place] = generation.text
+            while shown < len(points) and (ready := texts[shown]) is not None:
+                if on_text is not None:
+                    on_text(("\n\n" if shown else "") + write_point(shown + 1, points[shown], ready))
+                shown += 1
+            return generation
+
+        expansions = await asyncio.gather(*(expand(place, point) for place, point in enumerate(points)))
+        failed = [(place, g.error) for place, g in enumerate(expansions, start=1) if g.error is not None]
+        error = "; ".join(f"point {place}: {cause}" for place, cause in failed) or None
+        reason: FinishReason = "error" if failed else expansions[-1].finish_reason
+        return _assemble(merge(points, [g.text for g in expansions]), reason, parts, began, error)
+
+    @property
+    def _inner(self) -> TokenStrategy:
+        assert isinstance(self.inner, TokenStrategy)
+        return self.inner
+
+
+def _conversation(prompt: Prompt) -> tuple[list[Message], str]:
+    """Earlier messages, and the question that is asked now."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InvalidRequest("the prompt is empty; give some text.")
+        return [], prompt
+    messages = [message for message in prompt if isinstance(message, dict)]
+    if not messages or len(messages) != len(prompt) or messages[-1].get("role") != "user":
+        raise InvalidRequest("skeleton needs text, or messages of which the last is the user's; it cannot use token ids.")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _points(text: str, most: int, cut_off: bool) -> list[Point]:
+    parser = OutlineParser(max_points=most)
+    parser.feed(text)
+    parser.finish(truncated=cut_off)
+    return parser.points
+
+
+def _assemble(
+    text: str, reason: FinishReason, parts: dict[str, Generation], began: float, error: str | None
+) -> Generation:
+    """One generation from its parts, in the order they were asked for."""
+    trace = sorted((step for part in parts.values() for step in part.trace), key=lambda s: (s.step, s.sequence))
+    labels = sorted(parts, key=lambda label: (label != "outline", len(label), label))
+    return Generation(
+        text=text,
+        tokens=[token for label in labels for token in parts[label].tokens],
+        finish_reason=reason,
+        metrics=measure(
+            trace,
+            seconds=time.perf_counter() - began,
+            prompt_tokens=sum(part.metrics.prompt_tokens for part in parts.values()),
+        ),
+        trace=trace,
+        error=error,
+        parts={label: parts[label] for label in labels},
+    )
