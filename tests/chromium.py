@@ -37,7 +37,7 @@ class Chromium:
     """One browser with one page; a context manager. `errors` collects console errors, exceptions and requests that
     left the page."""
 
-    def __init__(self, browser: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+    def __init__(self, browser: str) -> None:
         self.errors: list[str] = []
         self._profile = tempfile.mkdtemp(prefix="chromium-")
         to_browser, self._write = os.pipe()
@@ -60,12 +60,13 @@ class Chromium:
         self._session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.resize(width, height)
+        self.show()
+
+    def show(self, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Set the size of the window and the color scheme that its user prefers."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         theme = "dark" if dark else "light"
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
-
-    def resize(self, width: int, height: int) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def open(self, path: Path) -> float:
         """Load a local file; returns the seconds until its load event."""

@@ -16,13 +16,13 @@ import pytest
 from decoding.errors import RecordError
 from decoding.report.environment import environment
 from decoding.report.records import AnswerRecord, RunHeader, config_hash, trace_from_json
-from decoding.report.redaction import MASK, mask, mask_text
+from decoding.report.redaction import MASK, Json, mask, mask_text
 from decoding.report.runfile import FILE, RecordWriter, Run, read_run
 from decoding.trace import Metrics, Step, measure
 from decoding.types import Generation
 from tests.synthetic_run import synthetic_run
 
-CONFIG = {"model": "m", "params": {"temperature": 0.0, "max_new_tokens": 64}}
+CONFIG: dict[str, Json] = {"model": "m", "params": {"temperature": 0.0, "max_new_tokens": 64}}
 ENVIRONMENT = environment()
 
 
@@ -33,7 +33,7 @@ def run() -> Run:
     return replace(made, records=tuple(AnswerRecord.from_json(record.to_json()) for record in made.records))
 
 
-def header(**changes: object) -> RunHeader:
+def header(**changes: Json) -> RunHeader:
     return RunHeader.create({**CONFIG, **changes}, ENVIRONMENT)
 
 
@@ -170,7 +170,12 @@ def test_killed_at_random_moments_a_run_ends_with_every_record_once(tmp_path: Pa
 def test_a_record_is_on_disk_when_append_returns(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_size), fsync(handle))[1])
+
+    def noted(handle: int) -> None:
+        fsync(handle)
+        synced.append(os.fstat(handle).st_size)
+
+    monkeypatch.setattr(os, "fsync", noted)
     with RecordWriter(tmp_path, header()) as writer:
         writer.append(run.records[0])
         assert synced[-1] == (tmp_path / FILE).stat().st_size
@@ -317,16 +322,16 @@ def test_a_trace_must_be_a_table() -> None:
         {"note": "the key is sk-proj-abcd-1234567890"},
     ],
 )
-def test_credentials_never_reach_the_file(tmp_path: Path, secret: dict[str, object]) -> None:
+def test_credentials_never_reach_the_file(tmp_path: Path, secret: dict[str, Json]) -> None:
     with RecordWriter(tmp_path, header(**secret)) as writer:
         content = writer.path.read_text()
     assert "abcd-1234" not in content
     assert MASK in content
-    assert read_run(tmp_path).header.config_hash == config_hash({**CONFIG, **secret})  # type: ignore[dict-item]
+    assert read_run(tmp_path).header.config_hash == config_hash({**CONFIG, **secret})
 
 
 def test_what_is_no_credential_stays_readable() -> None:
-    plain = {
+    plain: dict[str, Json] = {
         "max_new_tokens": 64,
         "tokenizer": "byte-level",
         "eos_token": "</s>",
@@ -338,7 +343,7 @@ def test_what_is_no_credential_stays_readable() -> None:
         "empty": None,
         "flag": True,
     }
-    assert mask(plain) == plain  # type: ignore[arg-type]
+    assert mask(plain) == plain
 
 
 def test_an_error_message_that_quotes_a_key_is_masked() -> None:

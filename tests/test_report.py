@@ -370,7 +370,9 @@ def scripts(page: str) -> dict[str, str]:
 def test_the_page_loads_nothing(run: Run, summary: Summary, tmp_path: Path) -> None:
     page = write_report(run, tmp_path, summary=summary).read_text()
     assert write_report(run, tmp_path, summary=summary) == tmp_path / "report.html"
-    outside = [name for name in re.findall(r"""(?:src|href|action)=["']([^"'#]*)""", page) if name != "data:,"]
+    outside = [
+        name for name in re.findall(r"""(?:src|href|action)=["']([^"'#]*)""", page) if name not in ("", "data:,")
+    ]
     assert outside == []
     assert not re.search(r"url\(|@import|\bfetch\(|XMLHttpRequest|WebSocket", page)
     assert list(tmp_path.iterdir()) == [tmp_path / "report.html"]
@@ -442,32 +444,38 @@ def page(run: Run, summary: Summary, tmp_path_factory: pytest.TempPathFactory) -
     return write_report(run, tmp_path_factory.mktemp("page") / "report.html", summary=summary)
 
 
-@pytest.fixture
-def chromium() -> Iterator[Chromium]:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Chromium]:
     assert BROWSER is not None
-    with Chromium(BROWSER) as browser:
-        yield browser
-        assert browser.errors == []
+    with Chromium(BROWSER) as opened:
+        yield opened
+
+
+@pytest.fixture
+def chromium(browser: Chromium) -> Iterator[Chromium]:
+    """The browser in a window of usual size; the test fails if the page reported an error."""
+    browser.errors.clear()
+    browser.show()
+    yield browser
+    assert browser.errors == []
 
 
 @in_browser
 @pytest.mark.parametrize("width", [400, 1600])
 @pytest.mark.parametrize("dark", [False, True])
-def test_the_page_loads_without_an_error_and_fits(page: Path, width: int, dark: bool) -> None:
-    assert BROWSER is not None
-    with Chromium(BROWSER, width=width, dark=dark) as chromium:
-        chromium.open(page)
-        assert chromium.evaluate("document.documentElement.dataset.ready") == "true"
-        assert chromium.evaluate("document.documentElement.scrollWidth") <= width
-        drawn = chromium.evaluate(
-            "Object.fromEntries([...document.querySelectorAll('[data-figure]')]"
-            ".map(p => [p.dataset.figure, p.querySelectorAll('svg').length]))"
-        )
-        assert set(drawn) == {"forest", "scatter", "category", "accepted", "positions", "roofline", "shares"}
-        assert min(drawn.values()) >= 1
-        paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 200) == dark
-        assert chromium.errors == []
+def test_the_page_loads_without_an_error_and_fits(chromium: Chromium, page: Path, width: int, dark: bool) -> None:
+    chromium.show(width=width, dark=dark)
+    chromium.open(page)
+    assert chromium.evaluate("document.documentElement.dataset.ready") == "true"
+    assert chromium.evaluate("document.documentElement.scrollWidth") <= width
+    drawn = chromium.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('[data-figure]')]"
+        ".map(p => [p.dataset.figure, p.querySelectorAll('svg').length]))"
+    )
+    assert set(drawn) == {"forest", "scatter", "category", "accepted", "positions", "roofline", "shares"}
+    assert min(drawn.values()) >= 1
+    paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 200) == dark
 
 
 @in_browser
@@ -604,26 +612,25 @@ def test_a_screen_reader_finds_a_name_on_everything(chromium: Chromium, page: Pa
 
 
 @in_browser
-def test_text_is_readable_on_its_background(page: Path) -> None:
+def test_text_is_readable_on_its_background(chromium: Chromium, page: Path) -> None:
     """WCAG's contrast of 4.5 for the text colors on the page's backgrounds, light and dark."""
-    assert BROWSER is not None
 
     def luminance(color: str) -> float:
         channels = [int(c) / 255 for c in re.findall(r"\d+", color)[:3]]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
+    chromium.open(page)
+    resolve = (
+        "(name => { const e = document.createElement('i'); e.style.color = `var(${name})`;"
+        "document.body.append(e); const c = getComputedStyle(e).color; e.remove(); return c })"
+    )
     for dark in (False, True):
-        with Chromium(BROWSER, dark=dark) as chromium:
-            chromium.open(page)
-            resolve = (
-                "(name => { const e = document.createElement('i'); e.style.color = `var(${name})`;"
-                "document.body.append(e); const c = getComputedStyle(e).color; e.remove(); return c })"
-            )
-            for text in ("--ink", "--soft", "--faint", "--accent", "--bad", "--good"):
-                for paper in ("--paper", "--raised"):
-                    a, b = (luminance(chromium.evaluate(f"{resolve}('{name}')")) for name in (text, paper))
-                    assert (max(a, b) + 0.05) / (min(a, b) + 0.05) >= 4.5, (text, paper, dark)
+        chromium.show(dark=dark)
+        for text in ("--ink", "--soft", "--faint", "--accent", "--bad", "--good"):
+            for paper in ("--paper", "--raised"):
+                a, b = (luminance(chromium.evaluate(f"{resolve}('{name}')")) for name in (text, paper))
+                assert (max(a, b) + 0.05) / (min(a, b) + 0.05) >= 4.5, (text, paper, dark)
 
 
 @in_browser
@@ -654,7 +661,7 @@ def test_unusual_runs_have_a_page_too(chromium: Chromium, tmp_path: Path, kind: 
         "failed": tuple(replace(bare(r), finish_reason="error", error="no.") for r in made.records),
         "sixteen strategies": synthetic_run(3, [BASELINE, *strategies], tokens=(5, 9)).records,
     }[kind]
-    chromium.resize(400, 800)
+    chromium.show(width=400)
     chromium.open(write_report(replace(made, records=records), tmp_path / "r.html"))
     assert chromium.evaluate("document.documentElement.dataset.ready") == "true"
     assert chromium.evaluate("document.documentElement.scrollWidth") <= 400
