@@ -7,7 +7,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
 
 from jinja2 import (
     ChoiceLoader,
@@ -89,7 +88,8 @@ def _explain(name: str, error: Exception, what: str) -> str:
         lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(".j2")]
         if lines:
             place = f"{lines[-1].filename}, line {lines[-1].lineno}"
-    return f"{place}: {what.strip().rstrip('.')}."
+    sentence = what.strip().rstrip(".").replace(". ", "; ")
+    return f"{place}: {sentence}."
 
 
 @dataclass
@@ -104,7 +104,7 @@ _collected: ContextVar[_Collected] = ContextVar("messages of the template that i
 class _ChatTags(Extension):
     """The tags `message` and `prefill`, which hand over their text instead of printing it."""
 
-    tags: ClassVar[set[str]] = {"message", "prefill"}
+    tags = {"message", "prefill"}  # noqa: RUF012 — declared as an instance variable by its base
 
     def parse(self, parser: Parser) -> nodes.Node:
         tag = next(parser.stream)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,12 +17,16 @@ FAMILIES = ("skeleton", "skeleton/small")
 QUESTION = "How can a town use less water?"
 
 
-def outline(family: str, **values: object) -> ChatPrompt:
-    return prompts.render(f"{family}/outline", **{"question": QUESTION, **values})
+def outline(family: str, **values: Any) -> ChatPrompt:
+    return prompts.render(f"{family}/outline", **({"question": QUESTION} | values))
 
 
-def expand(family: str, index: int, title: str, **values: object) -> ChatPrompt:
-    known = {"question": QUESTION, "outline": "1. Repair pipes\n2. Plant for drought\n3. Price by use", **values}
+def expand(family: str, index: int, title: str, **values: Any) -> ChatPrompt:
+    known: dict[str, Any] = {
+        "question": QUESTION,
+        "outline": "1. Repair pipes\n2. Plant for drought\n3. Price by use",
+        **values,
+    }
     return prompts.render(f"{family}/expand", index=index, title=title, **known)
 
 
@@ -29,6 +34,11 @@ def as_text(prompt: ChatPrompt) -> str:
     """The prompt as a chat template would write it."""
     turns = "".join(f"<{message['role']}>{message['content']}</>" for message in prompt.messages)
     return f"{turns}<assistant>{prompt.prefill}"
+
+
+def common_start(a: str, b: str) -> str:
+    pairs = zip(a, b, strict=False)
+    return "".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -65,19 +75,16 @@ def test_stage_2_goes_on_where_stage_1_stopped() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("values", [{}, {"length": "about 60 words", "min_points": 2, "max_points": 3}])
-def test_both_stages_share_everything_up_to_the_question(family: str, values: dict[str, object]) -> None:
+def test_both_stages_share_everything_up_to_the_question(family: str, values: dict[str, Any]) -> None:
     first, second = as_text(outline(family, **values)), as_text(expand(family, 2, "Plant for drought", **values))
-    shared = os.path.commonprefix([first, second])
-    assert shared.endswith(QUESTION + "\n\n") or QUESTION in shared
-    assert shared.index(QUESTION) > 0
+    assert f"<user>{QUESTION}\n\n" in common_start(first, second)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_points_differ_in_their_titles_only(family: str) -> None:
     second, third = as_text(expand(family, 2, "Plant for drought")), as_text(expand(family, 3, "Price by use"))
-    shared = os.path.commonprefix([second, third])
     own = 2 * len("Plant for drought") + len("2. ****:</><assistant>")
-    assert len(second) - len(shared) <= own
+    assert len(second) - len(common_start(second, third)) <= own
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -162,7 +169,7 @@ def test_an_unknown_name_offers_the_nearest() -> None:
 
 
 def test_an_unknown_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="no folder of prompt templates at .*nowhere"):
+    with pytest.raises(InvalidRequest, match=r"no folder of prompt templates at .*nowhere"):
         outline("skeleton", folder=tmp_path / "nowhere")
 
 
@@ -174,9 +181,9 @@ BROKEN = {
         "has no attribute 'text'",
     ),
     "an unknown tag": ('\n{% mesage "user" %}x{% endmesage %}', 2, "unknown tag 'mesage'"),
-    "an open tag": ('{% message "user" %}\nx', 1, "endmessage"),
+    "an open tag": ('{% message "user" %}\nx', 2, "endmessage"),
     "a forbidden attribute": ('{% message "user" %}\n{{ question.__class__.__mro__ }}{% endmessage %}', 2, "unsafe"),
-    "a change of a value": ('{% message "user" %}{{ history.append(1) }}{% endmessage %}', 1, "not safely callable"),
+    "a change of a value": ('{% message "user" %}{{ history.append(1) }}{% endmessage %}', 1, "unsafe"),
     "a missing include": ('\n\n{% include "nothing.j2" %}', 3, "no template 'nothing.j2'"),
     "an unknown role": ('\n{% message "robot" %}x{% endmessage %}', 2, "not 'robot'"),
     "a second prefill": ("{% prefill %}a{% endprefill %}\n{% prefill %}b{% endprefill %}", 2, "come last"),
