@@ -17,7 +17,7 @@ from decoding.memory import PeakMemory
 from decoding.questions import Question
 from decoding.report import AnswerRecord, RecordWriter, RunHeader, environment
 from decoding.strategies import Strategy
-from decoding.trace import measure, shifted
+from decoding.trace import Metrics, measure, shifted
 from decoding.types import Generation, Message, SamplingParams
 
 Progress = Callable[["Question | None", "Strategy", "AnswerRecord | None"], None]
@@ -129,19 +129,25 @@ def _warm_up(comparison: Comparison, backend: Backend, progress: Progress) -> No
     short = comparison.params.but(max_new_tokens=min(16, comparison.params.max_new_tokens), min_new_tokens=0)
     for strategy in comparison.strategies:
         progress(None, strategy, None)
-        run(strategy.answer(comparison.questions[0].turns[0], short, backend))
+        try:
+            run(strategy.answer(comparison.questions[0].turns[0], short, backend))
+        except InvalidRequest:
+            pass  # about this question; it will be recorded where it belongs
 
 
 async def _answer_all(
     comparison: Comparison, backend: Backend, strategy: Strategy, questions: Sequence[Question]
 ) -> list[Generation]:
     places = {question.id: place for place, question in enumerate(comparison.questions)}
-    return await asyncio.gather(
-        *(
-            answer_turns(question, strategy, backend, comparison.params.but(seed=comparison.params.seed + places[question.id]))
-            for question in questions
-        )
-    )
+
+    async def answer(question: Question) -> Generation:
+        params = comparison.params.but(seed=comparison.params.seed + places[question.id])
+        try:
+            return await answer_turns(question, strategy, backend, params)
+        except InvalidRequest as error:  # a question that does not fit, say: the others do not suffer
+            return Generation("", [], "error", Metrics(), error=str(error))
+
+    return await asyncio.gather(*(answer(question) for question in questions))
 
 
 async def answer_turns(question: Question, strategy: Strategy, backend: Backend, params: SamplingParams) -> Generation:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+
 import decoding
 from decoding.backends.local import LocalBackend
 from decoding.engine.block import Block

@@ -138,7 +138,11 @@ def test_a_strategy_that_the_backend_cannot_run_is_refused_up_front() -> None:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.text(max_size=40), st.lists(st.integers(1, 5), max_size=20), st.lists(st.text(min_size=1, max_size=3), max_size=2))
+@given(
+    st.text(max_size=40),
+    st.lists(st.integers(1, 5), max_size=20),
+    st.lists(st.text(min_size=1, max_size=3), max_size=2),
+)
 def test_text_streams_release_whole_characters_and_never_a_stop_string(
     text: str, cuts: list[int], stop: list[str]
 ) -> None:

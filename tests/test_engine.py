@@ -157,9 +157,7 @@ class AcceptsOneWrongToken(AutoregressiveDecoder):
         return [Block([5]) if len(s.new_tokens) == 7 and s.room else Block() for s in sequences]
 
     def commit(self, sequences: List[Sequence], output: Output) -> list[Commit]:
-        return [
-            Commit([*block.tokens, int(output.best(i)[len(block)])]) for i, block in enumerate(output.blocks)
-        ]
+        return [Commit([*block.tokens, int(output.best(i)[len(block)])]) for i, block in enumerate(output.blocks)]
 
 
 def test_the_equality_test_notices_one_wrong_token() -> None:
@@ -247,7 +245,7 @@ def test_prefix_reuse_changes_no_token_and_skips_the_prefix() -> None:
     engine = Engine(Runner(model, slots=4, capacity=96))
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     shared = prompts(1, seed=9)[0] * 2
-    first = run(engine, [(shared + [5], AutoregressiveDecoder())], params)[0]
+    first = run(engine, [([*shared, 5], AutoregressiveDecoder())], params)[0]
     tails = [[6], [7, 8], [9, 10, 11]]
     later = run(engine, [(shared + tail, AutoregressiveDecoder()) for tail in tails], params)
     assert first.reused == 0 and [s.reused for s in later] == [len(shared)] * 3
@@ -258,7 +256,7 @@ def test_requests_with_a_common_beginning_read_it_once() -> None:
     model = tiny_model("llama")
     engine = Engine(Runner(model, slots=4, capacity=96))
     shared = list(range(3, 43))
-    work = [(shared + [50 + i], AutoregressiveDecoder()) for i in range(3)]
+    work = [([*shared, 50 + i], AutoregressiveDecoder()) for i in range(3)]
     results = run(engine, work, SamplingParams(max_new_tokens=4, ignore_eos=True))
     assert sum(step.tokens for s in results for step in s.trace if step.prefill) == len(shared) + 3
     assert [s.new_tokens for s in results] == [greedy_reference(model, prompt, 4) for prompt, _ in work]
@@ -442,9 +440,9 @@ def test_processed_logits_equal_transformers_for_every_decoder(options: dict[str
     if "logit_bias" in theirs:
         theirs["sequence_bias"] = [[[t], b] for t, b in theirs.pop("logit_bias").items()]  # type: ignore[attr-defined]
     model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-    expected = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, **theirs
-    )[0, len(prompt) :].tolist()
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, **theirs)[
+        0, len(prompt) :
+    ].tolist()
     engine = Engine(Runner(model, slots=2, capacity=96))
     params = SamplingParams(max_new_tokens=20, ignore_eos=True, **options)  # type: ignore[arg-type]
     for decoder in (AutoregressiveDecoder(), JacobiDecoder(6), SpeculativeDecoder(PromptLookup(), 6)):

@@ -495,6 +495,7 @@ def test_answers_are_shown_whole_and_colored_by_their_steps(chromium: Chromium, 
     assert bars == [len(record.trace) for record in records]
     chromium.evaluate("paint.value = 'plain', paint.dispatchEvent(new Event('change'))")
     assert chromium.evaluate("document.querySelector('.answer .text').textContent") == records[0].text
+    assert chromium.evaluate("document.getElementById('repeat-label').offsetWidth") > 0
 
 
 @in_browser

@@ -114,7 +114,8 @@ def transformers_probabilities(logits: torch.Tensor, params: SamplingParams) -> 
         warpers.append(TopPLogitsWarper(params.top_p))
     if params.min_p:
         warpers.append(MinPLogitsWarper(params.min_p))
-    scores: torch.Tensor = warpers(torch.zeros(len(logits), 1, dtype=torch.long), logits)
+    no_tokens = torch.zeros(len(logits), 1, dtype=torch.long)
+    scores: torch.Tensor = warpers(no_tokens, logits)  # type: ignore[arg-type]
     return scores.softmax(-1)
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from decoding.engine.verify import Verdict
 
 ALMOST_ONE = 1 - 2.0**-53
-PRECISION = 2.0**-44  # of thresholds; distances are compared with 1e-9
+PRECISION = 2.0**-38  # of thresholds; distances are compared with 1e-9
 
 Verify = Callable[[Tensor, Tensor], Verdict]
 """Verdict on the drafts of the given rows `[R]`, which may repeat, with uniforms `[R, columns]`."""
 
+Path = Callable[[Tensor, Tensor], Tensor]
 Text = tuple[int, ...]
 
 
@@ -69,12 +70,11 @@ def cells(verify: Verify, drafts: int, columns: int) -> Iterator[tuple[int, Text
         low = path(every, torch.zeros(len(rows), dtype=torch.double))
         splits = (low != path(every, torch.full((len(rows),), ALMOST_ONE, dtype=torch.double))).any(1)
         split = splits.nonzero()[:, 0]
-        threshold = _turning_points(
-            lambda entry, value, path=path, low=low, split=split: (path(split[entry], value) == low[split[entry]]).all(
-                1
-            ),
-            len(split),
-        )
+
+        def is_low(entry: Tensor, value: Tensor, path: Path = path, low: Tensor = low, at: Tensor = split) -> Tensor:
+            return (path(at[entry], value) == low[at[entry]]).all(1)
+
+        threshold = _turning_points(is_low, len(split))
         under, over, part = u[splits], u[splits], weight[splits]
         under[:, column], over[:, column] = threshold / 2, (1 + threshold) / 2
         rows = torch.cat([rows[~splits], rows[splits], rows[splits]])
@@ -115,18 +115,22 @@ def _bonus_law(verify: Verify, rows: Tensor, u: Tensor) -> list[dict[int, float]
         v[:, 0] = value
         return verify(rows[entry], v).bonus
 
-    every = torch.arange(len(rows))
     laws: list[dict[int, float]] = [{} for _ in rows]
+    left = torch.arange(len(rows))  # cells whose law is not complete
     done = torch.zeros(len(rows), dtype=torch.double)
-    token, last = bonus(every, done), bonus(every, torch.full_like(done, ALMOST_ONE))
-    active = torch.ones(len(rows), dtype=torch.bool)
-    while active.any():
-        end = _turning_points(lambda entry, value, t=token: bonus(entry, value) <= t[entry], len(rows))
-        end = torch.where(token == last, 1.0, end)
-        for i in active.nonzero()[:, 0].tolist():
-            laws[i][int(token[i])] = float(end[i] - done[i])
-        active &= token < last
-        done, token = end, torch.where(active, bonus(every, (end + PRECISION).clamp(max=ALMOST_ONE)), last)
+    token, last = bonus(left, done), bonus(left, torch.full_like(done, ALMOST_ONE))
+    while len(left):
+        more = token < last
+
+        def is_low(entry: Tensor, value: Tensor, cell: Tensor = left[more], token: Tensor = token[more]) -> Tensor:
+            return bonus(cell[entry], value) <= token[entry]
+
+        end = torch.ones_like(done)
+        end[more] = _turning_points(is_low, int(more.sum()))
+        for cell, drawn, share in zip(left.tolist(), token.tolist(), (end - done).tolist(), strict=True):
+            laws[cell][drawn] = share
+        left, last, done = left[more], last[more], end[more]
+        token = bonus(left, (done + PRECISION).clamp(max=ALMOST_ONE))
     return laws
 
 
@@ -233,14 +237,11 @@ def languages(name: str, vocab: int, length: int) -> tuple[Language, Language]:
     """A target and a drafter for texts of up to `length` tokens, one of `LANGUAGES`."""
     generator = torch.Generator().manual_seed(len(name) + vocab)
     if name in _KINDS:
-        target, drafter = (
-            Language.of(vocab, length, lambda _, kind=kind: _weights(kind, vocab, generator)) for kind in _KINDS[name]
-        )
-        return target, drafter
+        kind, other = _KINDS[name]
+        target = Language.of(vocab, length, lambda _: _weights(kind, vocab, generator))
+        return target, Language.of(vocab, length, lambda _: _weights(other, vocab, generator))
     target = Language.of(vocab, length, lambda _: _weights("random", vocab, generator))
     if name == "equal":
         return target, target
-    noise = Language.of(
-        vocab, length, lambda text: target.next[text] * (1 + 1e-6 * torch.rand(vocab, generator=generator))
-    )
-    return target, noise
+    noise = {text: 1 + 1e-6 * torch.rand(vocab, generator=generator, dtype=torch.double) for text in target.next}
+    return target, Language.of(vocab, length, lambda text: target.next[text] * noise[text])

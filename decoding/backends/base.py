@@ -12,8 +12,8 @@ from decoding.types import Generation, Prompt, SamplingParams
 if TYPE_CHECKING:
     from decoding.strategies.base import Strategy, TokenStrategy
 
-OnText = Callable[[str], None]
-"""Receives pieces of the answer as they become final; joined they are the answer."""
+OnText = Callable[[str], object]
+"""Receives pieces of the answer as they become final; joined they are the answer. Returning True ends it there."""
 
 
 class Backend(ABC):

@@ -114,8 +114,8 @@ class LocalBackend(Backend):
 
         def on_commit(_: Sequence, tokens: List[int]) -> int | None:
             stopped_after = stream.feed(tokens)
-            if on_text is not None and (piece := stream.release()):
-                on_text(piece)
+            if on_text is not None and (piece := stream.release()) and on_text(piece) is True:
+                return len(tokens) if stopped_after is None else stopped_after
             return stopped_after
 
         watched = on_text is not None or bool(params.stop)

@@ -52,9 +52,7 @@ class KVCache:
 
             def stack(dim: int, shape: LayerShape = shape, count: int = len(members)) -> torch.Tensor:
                 # zeros, not empty: masked-out garbage must stay finite, since 0 × NaN is NaN
-                return torch.zeros(
-                    (count, slots, shape.heads, capacity, dim), dtype=shape.dtype, device=shape.device
-                )
+                return torch.zeros((count, slots, shape.heads, capacity, dim), dtype=shape.dtype, device=shape.device)
 
             keys, values = stack(shape.key_dim), stack(shape.value_dim)
             self._stacks.append((keys, values))

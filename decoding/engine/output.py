@@ -88,9 +88,7 @@ class Output:
         return values
 
 
-def _processed(
-    sequences: List[Sequence], blocks: List[Block], counts: np.ndarray, raw: torch.Tensor
-) -> torch.Tensor:
+def _processed(sequences: List[Sequence], blocks: List[Block], counts: np.ndarray, raw: torch.Tensor) -> torch.Tensor:
     """`raw` with every sequence's bias, repetition penalty and minimum length applied, each row as if the
     guesses above it had been committed. The same tensor if nobody asks for any."""
     params = [s.params for s in sequences]

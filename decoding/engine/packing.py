@@ -122,9 +122,7 @@ def _partition(rows: Sequence[Row], order: Sequence[int], cached: np.ndarray) ->
     return groups[::-1] + [[i] for i in order if len(rows[i]) > _LONG]
 
 
-def _group(
-    rows: Sequence[Row], layouts: Sequence[Layout], start: int, cache: KVCache, device: torch.device
-) -> Group:
+def _group(rows: Sequence[Row], layouts: Sequence[Layout], start: int, cache: KVCache, device: torch.device) -> Group:
     lengths = np.array([len(row) for row in rows])
     slots = np.array([row.slot for row in rows])
     first, last = int(slots[0]), int(slots[-1]) + 1

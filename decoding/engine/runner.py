@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from transformers import PreTrainedModel
@@ -106,14 +105,18 @@ class Runner:
         try:
             pieces = []
             for begin, end in ((0, 4), (4, 9)):
-                rows = [Row(s, p[begin:begin + 1], Block(p[begin + 1 : end])) for s, p in zip(slots, prompts, strict=True)]
+                rows = [
+                    Row(s, p[begin : begin + 1], Block(p[begin + 1 : end])) for s, p in zip(slots, prompts, strict=True)
+                ]
                 logits = self.forward(rows)
                 pieces.append(logits.split([len(row) for row in rows]))
                 for row in rows:
                     self.cache.commit(row.slot, [*row.pending, *row.block.tokens])
             for i, prompt in enumerate(prompts):
                 ours = torch.cat([piece[i] for piece in pieces]).float()
-                plain = self.model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False).logits[0].float()
+                plain = (
+                    self.model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False).logits[0].float()
+                )
                 loose = 1e-3 if self.model.dtype == torch.float32 else 0.1
                 gap = (ours - plain).abs().max() / plain.abs().max().clamp(min=1e-6)
                 if not gap <= loose:

@@ -6,4 +6,13 @@ from decoding.strategies.jacobi import Jacobi
 from decoding.strategies.skeleton import SkeletonOfThought
 from decoding.strategies.speculative import Speculative
 
-__all__ = ["REGISTRY", "Autoregressive", "Jacobi", "SkeletonOfThought", "Speculative", "Strategy", "TokenStrategy", "parse"]
+__all__ = [
+    "REGISTRY",
+    "Autoregressive",
+    "Jacobi",
+    "SkeletonOfThought",
+    "Speculative",
+    "Strategy",
+    "TokenStrategy",
+    "parse",
+]

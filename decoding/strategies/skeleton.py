@@ -27,10 +27,10 @@ from decoding.types import FinishReason, Generation, Message, Prompt, SamplingPa
 class SkeletonOfThought(Strategy):
     """Two stages: an outline, then one sequence per point, all in one batch.
 
-    inner: the token-level strategy of both stages. max_points: points beyond these are left out;
-    None leaves the wish to the template and takes up to 10.
+    inner: the token-level strategy of both stages. max_points: points beyond these are left out.
     outline_tokens, point_tokens: limits of the outline and of each point; a request's `max_new_tokens`
-    bounds the points together. prompt: the templates, a name under `prompts/`; "" takes the ones for small
+    bounds the points together. repetition_penalty: for requests that set none; without it a small model writes the
+    same point over and over. prompt: the templates, a name under `prompts/`; "" takes the ones for small
     models below a billion parameters. templates: a folder whose templates go before the shipped ones.
 
     An outline of fewer than two points means that the question does not want a list: it is then answered
@@ -38,9 +38,10 @@ class SkeletonOfThought(Strategy):
     """
 
     inner: Strategy | str = Autoregressive()
-    max_points: int | None = None
+    max_points: int = 6
     outline_tokens: int = 96
-    point_tokens: int = 96
+    point_tokens: int = 64
+    repetition_penalty: float = 1.1
     prompt: str = ""
     templates: str | None = None
 
@@ -54,8 +55,6 @@ class SkeletonOfThought(Strategy):
             raise InvalidRequest(f"inner must be a token-level strategy, which {inner} is not.")
         object.__setattr__(self, "inner", inner)
         for option, least in (("max_points", 2), ("outline_tokens", 1), ("point_tokens", 1)):
-            if option == "max_points" and self.max_points is None:
-                continue
             if not isinstance(value := getattr(self, option), int) or value < least:
                 raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
 
@@ -69,31 +68,49 @@ class SkeletonOfThought(Strategy):
         began = time.perf_counter()
         parts: dict[str, Generation] = {}
 
-        async def part(label: str, chat: prompts.ChatPrompt, limit: int, stop: Sequence[str]) -> Generation:
+        async def part(
+            label: str, chat: prompts.ChatPrompt, limit: int, stop: Sequence[str] = (), watch: OnText | None = None
+        ) -> Generation:
             """One sequence of the answer. Every part has a seed of its own, by its label."""
-            seed = params.seed ^ zlib.crc32(label.encode())
             limited = params.but(
-                max_new_tokens=limit, min_new_tokens=0, seed=seed, stop=(*params.stop, *stop), ignore_eos=False
+                max_new_tokens=limit,
+                min_new_tokens=0,
+                ignore_eos=False,
+                seed=params.seed ^ zlib.crc32(label.encode()),
+                stop=(*params.stop, *stop),
+                repetition_penalty=self.repetition_penalty
+                if params.repetition_penalty == 1
+                else params.repetition_penalty,
             )
             offset = time.perf_counter() - began
-            generation = await backend.complete(chat.messages, limited, self._inner, prefill=chat.prefill)
+            generation = await backend.complete(
+                chat.messages, limited, self._inner, prefill=chat.prefill, on_text=watch
+            )
             parts[label] = replace(generation, trace=shifted(generation.trace, offset))
             return generation
 
         style = self.prompt or ("skeleton/small" if 0 < backend.parameters < 1e9 else "skeleton")
         history, question = _conversation(prompt)
-        ask: dict[str, object] = {"question": question, "history": history, "can_prefill": "prefill" in backend.capabilities}
-        if self.max_points is not None:
-            ask["max_points"] = self.max_points
+        ask: dict[str, object] = {"question": question, "history": history, "max_points": self.max_points}
+        ask["can_prefill"] = "prefill" in backend.capabilities
         chat = prompts.render(f"{style}/outline", folder=self.templates, **ask)
-        outline = await part("outline", chat, self.outline_tokens, ("\n\n",))
+        parser = OutlineParser(max_points=self.max_points)
+        parser.feed(chat.prefill)
+
+        def enough(piece: str) -> bool:
+            parser.feed(piece)
+            return parser.done
+
+        outline = await part("outline", chat, self.outline_tokens, watch=enough)
         if outline.error is not None:
             return _assemble("", outline.finish_reason, parts, began, outline.error)
-        text = chat.prefill + outline.text
-        points = _points(text, self.max_points or 10, cut_off=outline.finish_reason == "length")
+        parser.finish(truncated=outline.finish_reason == "length")
+        points = parser.points
         if len(points) < 2:
             plain = await self._inner.answer(prompt, params, backend, on_text)
-            parts["answer"] = replace(plain, trace=shifted(plain.trace, time.perf_counter() - began - plain.metrics.seconds))
+            parts["answer"] = replace(
+                plain, trace=shifted(plain.trace, time.perf_counter() - began - plain.metrics.seconds)
+            )
             return _assemble(plain.text, plain.finish_reason, parts, began, plain.error)
         limit = min(self.point_tokens, max(params.max_new_tokens // len(points), 1))
         texts: list[str | None] = [None] * len(points)
@@ -101,10 +118,15 @@ class SkeletonOfThought(Strategy):
 
         async def expand(place: int, point: Point) -> Generation:
             nonlocal shown
-            chat = prompts.render(
-                f"{style}/expand", folder=self.templates, outline=text, index=point.index, title=point.title, **ask
+            point_chat = prompts.render(
+                f"{style}/expand",
+                folder=self.templates,
+                outline=chat.prefill + outline.text,
+                index=point.index,
+                title=point.title,
+                **ask,
             )
-            generation = await part(f"point {place + 1}", chat, limit, ())
+            generation = await part(f"point {place + 1}", point_chat, limit, (f"\n{point.index + 1}.",))
             texts[place] = generation.text
             while shown < len(points) and (ready := texts[shown]) is not None:
                 if on_text is not None:
@@ -132,15 +154,10 @@ def _conversation(prompt: Prompt) -> tuple[list[Message], str]:
         return [], prompt
     messages = [message for message in prompt if isinstance(message, dict)]
     if not messages or len(messages) != len(prompt) or messages[-1].get("role") != "user":
-        raise InvalidRequest("skeleton needs text, or messages of which the last is the user's; it cannot use token ids.")
+        raise InvalidRequest(
+            "skeleton needs text, or messages of which the last is the user's; it cannot use token ids."
+        )
     return messages[:-1], messages[-1]["content"]
-
-
-def _points(text: str, most: int, cut_off: bool) -> list[Point]:
-    parser = OutlineParser(max_points=most)
-    parser.feed(text)
-    parser.finish(truncated=cut_off)
-    return parser.points
 
 
 def _assemble(

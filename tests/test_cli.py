@@ -1,0 +1,135 @@
+"""The command line, on a tiny model saved to a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from decoding.cli import main
+from decoding.report import read_run, summarize
+from tests.tiny import tiny_model, tiny_tokenizer
+
+QUESTIONS = [
+    {"question_id": "one", "category": "generic", "turns": ["Name some colours."]},
+    {"question_id": "two", "category": "math", "turns": ["What is 3 + 4?"], "reference": ["7"], "check": "numeric"},
+    {"question_id": "three", "category": "writing", "turns": ["Write a line.", "Now another one."]},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama", max_position_embeddings=2048).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    return path
+
+
+def common(model: str) -> list[str]:
+    return ["--model", model, "--device", "cpu", "--max-new-tokens", "16", "--slots", "8", "--capacity", "2048"]
+
+
+def test_generate_prints_the_answer(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "Hello", "--strategy", "jacobi(block_size=4)", "--metrics", *common(model)]) == 0
+    out = capsys.readouterr()
+    assert out.out.strip() and "tokens_per_forward" in out.err
+
+
+@pytest.mark.parametrize("streams", ["1", "3"])
+def test_compare_records_every_answer_and_writes_the_report(
+    model: str, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], streams: str
+) -> None:
+    strategies = ["autoregressive", "speculative", "jacobi", "skeleton"]
+    arguments = [str(questions), "--strategies", *strategies, "--streams", streams, "--repeats", "2"]
+    output = tmp_path / "run"
+    assert main(["compare", *arguments, "--output", str(output), *common(model)]) == 0
+    run = read_run(output)
+    assert len(run.records) == len(QUESTIONS) * len(strategies) * 2
+    assert len({record.key for record in run.records}) == len(run.records)
+    summary = summarize(run)
+    for name in strategies[1:3]:
+        comparison = summary.row(name).comparison
+        assert comparison is not None and comparison.identical == comparison.compared == 6
+    assert all(record.error is None for record in run.records)
+    assert [len(r.metrics and r.pieces) for r in run.records] == [len(r.tokens) for r in run.records]
+    printed = capsys.readouterr().out
+    assert "report.html" in printed and (output / "report.html").stat().st_size > 10_000
+    assert main(["report", str(output)]) == 0
+    assert main(["report", str(output), str(output)]) == 0
+
+
+def test_a_run_that_was_cut_short_goes_on_where_it_stopped(model: str, questions: Path, tmp_path: Path) -> None:
+    arguments = ["compare", str(questions), "--strategies", "autoregressive", "jacobi", *common(model)]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*arguments, "--output", str(whole)]) == 0
+    lines = (whole / "records.jsonl").read_text().splitlines(keepends=True)
+    cut.mkdir()
+    (cut / "records.jsonl").write_text("".join(lines[:4]) + lines[4][:50])  # killed while writing a line
+    assert main([*arguments, "--resume", str(cut)]) == 0
+    ours, theirs = ({r.key: (r.tokens, r.text) for r in read_run(d).records} for d in (cut, whole))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "Hi", "--strategy", "speculativ"], "did you mean 'speculative'"),
+        (["generate", "Hi", "--strategy", "speculative(drafter=lookup)"], "prompt-lookup"),
+        (["generate", "Hi", "--temperature", "-1"], "temperature"),
+        (["generate", ""], "empty"),
+        (["generate", "word " * 5000], "shorten"),
+        (["generate", "Hi", "--model", "smollm2-135"], "did you mean 'smollm2-135m'"),
+        (["generate", "Hi", "--model", "/no/such/folder"], "/no/such/folder"),
+        (["generate", "Hi", "--max-new-tokens", "many"], "invalid int value"),
+        (["compare", "no-such-suite"], "no-such-suite"),
+        (["compare", "default", "--limit", "0"], "limit"),
+        (["compare", "default", "--categories", "maths"], "did you mean 'math'"),
+        (["compare", "--strategies", "jacobi", "jacobi"], "listed twice"),
+        (["compare", "--repeats", "0"], "repeats"),
+        (["report", "/no/such/run"], "/no/such/run"),
+        (["frobnicate"], "invalid choice"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2(
+    model: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--model" not in arguments and arguments[0] in ("generate", "compare"):
+        arguments = [*arguments, "--model", model, "--device", "cpu"]
+    try:
+        code = main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    err = capsys.readouterr().err
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_a_malformed_question_file_is_named_with_its_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(QUESTIONS[0]) + "\n{not json\n")
+    assert main(["compare", str(path), *common(model)]) == 2
+    assert "bad.jsonl, line 2" in capsys.readouterr().err
+
+
+def test_help_lists_strategies_drafters_and_models(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["compare", "--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0
+    for name in ("autoregressive", "jacobi", "skeleton", "speculative", "prompt-lookup", "draft-model", "smollm2-135m"):
+        assert name in out
+
+
+def test_models_lists_aliases(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    assert "smollm2-135m" in capsys.readouterr().out
