@@ -39,7 +39,8 @@ DEFINITIONS: Mapping[str, Definition] = {
     "interval": Definition(
         "95 % interval",
         "BCa bootstrap, questions drawn with replacement, both strategies together",
-        "Where the figure would lie for other questions like these; it does not cover other machines or models.",
+        "Where the figure would lie for other questions like these, not on other machines or models; below five "
+        "questions none is given.",
     ),
     "p_value": Definition(
         "p",

@@ -24,6 +24,9 @@ Method = Literal["bca", "percentile"]
 RESAMPLES = 9999
 """Enough that an end of a 95 % interval moves by about a hundredth of its width from seed to seed."""
 
+FEWEST = 5
+"""Questions below which no interval is given: resampling so few says more about them than about others."""
+
 _CHUNK = 2_000_000  # entries of one block of resamples: bounds memory at any number of questions
 
 
@@ -78,8 +81,8 @@ def bootstrap(
     """Bootstrap interval of `statistic(*columns)`; questions are drawn with replacement, all columns together (paired).
 
     "percentile" takes the quantiles of the resampled statistic; "bca" corrects them for bias and skewness (Efron
-    1987), with the acceleration from the jackknife. A single question has no interval; a statistic that no resample
-    changes has an interval of width 0.
+    1987), with the acceleration from the jackknife. Below `FEWEST` questions there is no interval; a statistic that no
+    resample changes has an interval of width 0.
     """
     data = [np.asarray(column, dtype=np.float64) for column in columns]
     count = data[0].size
@@ -88,7 +91,7 @@ def bootstrap(
     if not count:
         return Interval(np.nan, np.nan, np.nan, confidence)
     estimate = float(statistic(*data))
-    if count == 1 or not np.isfinite(estimate):
+    if count < FEWEST or not np.isfinite(estimate):
         return Interval(estimate, np.nan, np.nan, confidence)
     rng = np.random.default_rng(seed)
     drawn = np.concatenate(

@@ -85,14 +85,16 @@ function scatter(place, width, strategies) {
     const free = (box) => box.y > 10 && box.y < bottom - 4 && taken.every((other) =>
       box.x > other.x + other.wide + 4 || box.x + wide + 4 < other.x || Math.abs(box.y - other.y) > 14) &&
       points.every((other) => Math.abs(y(other.y[0]) - (box.y - 4)) > 12 || x(other.x) < box.x - 7 || x(other.x) > box.x + wide + 7);
-    const chosen = tries.find(free) || tries[0];
+    const chosen = tries.find(free);
+    if (!chosen) return null; // the legend below names it
     taken.push({ ...chosen, wide });
     return svg("text", { x: chosen.x, y: chosen.y, class: `name s${point.row.index}` }, text);
   };
+  const labels = points.map(label);
   const select = html("select", { on: { change: (event) => { measureShown = event.target.value; scatter(place, width, strategies); place.querySelector("select").focus(); } } },
     [...measures.keys()].map((name) => html("option", { selected: name === measureShown ? "" : null }, name)));
-  place.replaceChildren(
-    measures.size > 1 ? html("label", { class: "inline" }, "Quality as ", select) : html("span", {}),
+  place.replaceChildren(...[
+    measures.size > 1 ? html("label", { class: "inline" }, "Quality as ", select) : null,
     canvas(width, height, `Seconds per answer against ${measureShown}`,
       axisBelow(x, ticks(...x.domain, width / 80), bottom, 22, "seconds per answer"),
       axisLeft(y, ticks(...y.domain, 5), left, right, measureShown),
@@ -100,7 +102,8 @@ function scatter(place, width, strategies) {
       points.map((point) => point.y[1] === null ? null :
         svg("line", { x1: x(point.x), x2: x(point.x), y1: y(point.y[1]), y2: y(point.y[2]), class: `whisker thin s${point.row.index}` })),
       points.map((point) => mark(x(point.x), y(point.y[0]), point.row.index, 6.5, { "data-tip": `${point.row.name}: ${seconds(point.x)}, ${measureShown} ${fixed(point.y[0])}` })),
-      points.map(label)));
+      labels),
+    labels.includes(null) ? legend(points.map((point) => point.row), true) : null].filter(Boolean));
   numbers("scatter", ["strategy", "seconds per answer", ...measures.keys()], strategies.map((row) =>
     [row.name, fixed(row.seconds, 3), ...[...measures.values()].map((get) => (get(row) ? fixed(get(row)[0], 3) : "–"))]));
 }
