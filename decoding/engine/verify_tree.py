@@ -3,9 +3,11 @@
 A tree is `tokens` `[S, N]` and `parents` `[S, N]`, rows of both padded with -1. A parent is the index of a node,
 or -1 for the children of the committed text (the root). Parents come before their children, siblings in the
 order in which they were drawn. A node whose token is -1 is never kept, nor is anything below it: so a
-distribution may run out of tokens to draw without changing the shape of the tree. `target_probs` `[S, N + 1, V]` holds the target's distribution at the
-root (index 0) and behind node n (index n + 1); `draft_probs`, of the same shape, the distribution that the
-children of each were drawn from (rows of nodes without children are never looked at).
+distribution may run out of tokens to draw without changing the shape of the tree.
+
+`target_probs` `[S, N + 1, V]` holds the target's distribution at the root (index 0) and behind node n (index
+n + 1); `draft_probs`, of the same shape, the distribution that the children of each were drawn from, before any
+of them was taken out (rows of nodes without children are never looked at).
 
 `u` `[S, N + 1]` are independent uniforms: column 0 draws the final token, column 1 + n tests node n.
 
@@ -169,10 +171,10 @@ class _Rest:
         if not len(rows):
             return remains
         at, subtracted = above[rows], failed[rows]
-        p, q = self.target[rows, at].double(), self.drafted[rows, at].double()  # [r, V]
+        p, q = self.target[rows, at].double(), self.drafted[rows, at].double()  # [r, V], copies
         scale = kept[rows] * self.scale[rows, at]
         spent = kept[rows] * self.spent[rows, at] + self.rarity[rows, at]
-        total = (scale[:, None] * p - spent[:, None] * q).clamp_(min=0).sum(-1)
+        total = p.mul_(scale[:, None]).addcmul_(q, spent[:, None], value=-1).clamp_(min=0).sum(-1)
         remains[rows] = total
         # Where p equals q nothing is left: rejecting was a rounding error, and p stays as it is.
         subtracted = subtracted & (total > 0)
@@ -180,7 +182,7 @@ class _Rest:
         self.spent[rows, at] = torch.where(subtracted, spent / total, self.spent[rows, at])
         if not self.replacement:
             gone = self.rejected[rows] & (self.parents[rows] + 1 == at[:, None])  # [r, N]
-            mass = q.scatter_reduce(1, self.tokens[rows].clamp(min=0), 1.0 - gone.double(), "prod").sum(-1)
+            mass = q.scatter_reduce_(1, self.tokens[rows].clamp(min=0), 1.0 - gone.double(), "prod").sum(-1)
             rarity = torch.where(mass > 0, 1 / mass, 0.0)
             self.rarity[rows, at] = torch.where(failed[rows], rarity, self.rarity[rows, at])
         return remains
@@ -188,9 +190,10 @@ class _Rest:
     def distribution(self, end: Tensor) -> Tensor:
         """What is left at node `end - 1` (0 is the root), float64 `[S, V]`, not normalized."""
         target = self.target[self.row, end].double()
-        untouched = self.spent[self.row, end] == 0
         left = self.scale[self.row, end, None] * target - self.spent[self.row, end, None] * self.drafted[self.row, end]
-        return torch.where(untouched[:, None], target, left.clamp(min=0))
+        left.clamp_(min=0)
+        some = left.sum(-1, keepdim=True) > 0  # false also where an unused draft distribution is not a number
+        return torch.where(some, left, target)
 
 
 def _token_probs(probs: Tensor, tokens: Tensor, parents: Tensor) -> Tensor:
