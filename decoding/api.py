@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -112,7 +113,7 @@ def generate(
 
 def stream(
     prompt: Prompt, lm: Backend, *, strategy: Strategy | str = Autoregressive(), params: SamplingParams | None = None
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Yield the answer to one prompt piece by piece; joined, the pieces are its text.
 
     Closing the iterator early cancels the request.
@@ -144,10 +145,8 @@ def stream(
             yield piece
     finally:
         if thread.is_alive() and cancel:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop may just have closed, with nothing left to cancel
                 cancel[0]()
-            except RuntimeError:
-                pass  # the loop has just closed: nothing is left to cancel
         thread.join()
 
 

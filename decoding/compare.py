@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ from decoding.backends.local import LocalBackend
 from decoding.errors import InvalidRequest
 from decoding.memory import PeakMemory
 from decoding.questions import Question
-from decoding.report import AnswerRecord, RecordWriter, RunHeader, environment
+from decoding.report import AnswerRecord, Json, RecordWriter, RunHeader, environment
 from decoding.strategies import Strategy
 from decoding.trace import Metrics, measure, shifted
 from decoding.types import Generation, Message, SamplingParams
@@ -50,9 +51,10 @@ class Comparison:
         if not self.questions or not self.strategies:
             raise InvalidRequest("a comparison needs at least one question and one strategy.")
 
-    def config(self, backend: Backend, questions_from: str) -> dict[str, object]:
+    def config(self, backend: Backend, questions_from: str) -> dict[str, Json]:
         """Everything that decides the tokens, as JSON."""
-        params = asdict(self.params) | {"stop": list(self.params.stop), "logit_bias": dict(self.params.logit_bias)}
+        bias: dict[str, Json] = {str(token): value for token, value in self.params.logit_bias.items()}
+        params: dict[str, Json] = asdict(self.params) | {"stop": list(self.params.stop), "logit_bias": bias}
         return {
             "model": backend.name,
             "questions": questions_from,
@@ -74,11 +76,10 @@ def execute(
     """
     for strategy in comparison.strategies:
         backend.require(strategy)
-    local = isinstance(backend, LocalBackend)
-    where = environment(
-        device=str(backend.device) if local else backend.name,
-        dtype=str(backend.model.dtype).removeprefix("torch.") if local else "",
-    )
+    if isinstance(backend, LocalBackend):
+        where = environment(device=str(backend.device), dtype=str(backend.model.dtype).removeprefix("torch."))
+    else:
+        where = environment(device=backend.name)
     header = RunHeader.create(comparison.config(backend, questions_from), where)
     began = time.perf_counter()
     with RecordWriter(output, header, resume=resume) as writer:
@@ -129,10 +130,8 @@ def _warm_up(comparison: Comparison, backend: Backend, progress: Progress) -> No
     short = comparison.params.but(max_new_tokens=min(16, comparison.params.max_new_tokens), min_new_tokens=0)
     for strategy in comparison.strategies:
         progress(None, strategy, None)
-        try:
+        with contextlib.suppress(InvalidRequest):  # about this question; it is recorded where it belongs
             run(strategy.answer(comparison.questions[0].turns[0], short, backend))
-        except InvalidRequest:
-            pass  # about this question; it will be recorded where it belongs
 
 
 async def _answer_all(

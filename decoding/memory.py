@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import TracebackType
 
@@ -29,10 +30,8 @@ class PeakMemory:
         if self._cuda is not None:
             torch.cuda.reset_peak_memory_stats(self._cuda)
         else:
-            try:
+            with contextlib.suppress(OSError):
                 _CLEAR.write_text("5")  # resets the high-water mark
-            except OSError:
-                pass
         return self
 
     def __exit__(

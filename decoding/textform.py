@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any, ClassVar
 
 from decoding.errors import InvalidRequest, UnknownName
@@ -16,17 +16,21 @@ class TextForm:
 
     def __str__(self) -> str:
         """The shortest text that parses back into an equal value."""
-        options = []
-        for option in fields(self) if is_dataclass(self) else ():
+        options: list[str] = []
+        for option in _options(self):
             value = getattr(self, option.name)
-            if option.init and value != option.default:
+            if value != option.default:
                 options.append(f"{option.name}={_to_text(value)}")
         return f"{self.name}({', '.join(options)})" if options else self.name
 
 
+def _options(of: object) -> list[Field[Any]]:
+    return [option for option in fields(of) if option.init] if is_dataclass(of) else []
+
+
 def build(cls: type[Any], name: str, options: dict[str, Any]) -> Any:
     """Construct `cls` from parsed options, with errors that name what is wrong."""
-    known = [option.name for option in fields(cls) if option.init] if is_dataclass(cls) else []
+    known = [option.name for option in _options(cls)]
     for option in options:
         if option not in known:
             raise UnknownName(f"option of {name}", option, known)

@@ -86,7 +86,7 @@ class SamplingParams:
         )
         check(
             isinstance(self.min_new_tokens, int) and 0 <= self.min_new_tokens <= self.max_new_tokens,
-            f"min_new_tokens must lie between 0 and max_new_tokens ({self.max_new_tokens}), not {self.min_new_tokens!r}.",
+            f"min_new_tokens must lie in [0, max_new_tokens = {self.max_new_tokens}], not {self.min_new_tokens!r}.",
         )
         check(isinstance(self.seed, int), f"seed must be an integer, not {self.seed!r}.")
         if isinstance(self.stop, str):

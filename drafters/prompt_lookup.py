@@ -67,9 +67,9 @@ class _Index:
                     self._ends[tuple(tokens[end - size : end])] = end
         self._known = max(self._known, len(tokens) - 1)
         for size in reversed(self._sizes):
-            end = self._ends.get(tuple(tokens[-size:])) if size < len(tokens) else None
-            if end is not None:
-                return end
+            found = self._ends.get(tuple(tokens[-size:])) if size < len(tokens) else None
+            if found is not None:
+                return found
         return 0
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import decoding
 from decoding.backends.text import TextStream
-from decoding.types import Generation
+from decoding.types import Generation, Message, Prompt
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 PARAMS = decoding.SamplingParams(max_new_tokens=24)
@@ -26,10 +26,11 @@ def test_one_prompt_gives_one_generation_and_a_list_gives_a_list(lm: decoding.Lo
     one = decoding.generate("Hello", lm, params=PARAMS)
     assert isinstance(one, Generation)
     ids = lm.encode("Hello")
-    messages = [{"role": "user", "content": "Hello"}]
+    messages: list[Message] = [{"role": "user", "content": "Hello"}]
+    batch: list[Prompt] = ["Hello", messages, ids]
     for same in (decoding.generate(ids, lm, params=PARAMS), decoding.generate(messages, lm, params=PARAMS)):
         assert same.tokens == one.tokens
-    many = decoding.generate(["Hello", messages, ids], lm, params=PARAMS)
+    many = decoding.generate(batch, lm, params=PARAMS)
     assert [g.tokens for g in many] == [one.tokens] * 3
     other = decoding.generate(["Hello", "Hello"], lm, params=[PARAMS, PARAMS.but(max_new_tokens=3)])
     assert [len(g.tokens) for g in other][1] == 3
@@ -80,7 +81,9 @@ def test_model_generate_still_works_beside_the_engine(lm: decoding.LocalBackend)
     import torch
 
     ids = torch.tensor([lm.encode("Hello")])
-    theirs = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    theirs = lm.model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+    )
     assert theirs[0, ids.shape[1] :].tolist() == decoding.generate("Hello", lm, params=PARAMS).tokens
 
 
@@ -130,7 +133,7 @@ def test_a_strategy_that_the_backend_cannot_run_is_refused_up_front() -> None:
         name = "a text server"
         capabilities = frozenset({"text"})
 
-        async def complete(self, *_: object, **__: object) -> Generation:  # type: ignore[override]
+        async def complete(self, *_: object, **__: object) -> Generation:
             raise AssertionError("nothing may run")
 
     with pytest.raises(decoding.CapabilityError, match="a local model"):

@@ -59,7 +59,7 @@ def test_compare_records_every_answer_and_writes_the_report(
         comparison = summary.row(name).comparison
         assert comparison is not None and comparison.identical == comparison.compared == 6
     assert all(record.error is None for record in run.records)
-    assert [len(r.metrics and r.pieces) for r in run.records] == [len(r.tokens) for r in run.records]
+    assert [len(r.pieces) for r in run.records] == [len(r.tokens) for r in run.records]
     printed = capsys.readouterr().out
     assert "report.html" in printed and (output / "report.html").stat().st_size > 10_000
     assert main(["report", str(output)]) == 0
@@ -105,7 +105,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
     if "--model" not in arguments and arguments[0] in ("generate", "compare"):
         arguments = [*arguments, "--model", model, "--device", "cpu"]
     try:
-        code = main(arguments)
+        code: object = main(arguments)
     except SystemExit as exit:
         code = exit.code
     err = capsys.readouterr().err

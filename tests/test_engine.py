@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence as List
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,9 @@ def greedy_reference(model: PreTrainedModel, prompt: list[int], new: int) -> lis
     ids = torch.tensor([prompt])
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    out = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
+    )
     return out[0, len(prompt) :].tolist()
 
 
@@ -436,13 +439,15 @@ def test_processed_logits_equal_transformers_for_every_decoder(options: dict[str
     model = tiny_model("llama")
     prompt = prompts(1, seed=8)[0]
     ids = torch.tensor([prompt])
-    theirs = dict(options)
+    theirs: dict[str, Any] = dict(options)
     if "logit_bias" in theirs:
-        theirs["sequence_bias"] = [[[t], b] for t, b in theirs.pop("logit_bias").items()]  # type: ignore[attr-defined]
-    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, **theirs)[
-        0, len(prompt) :
-    ].tolist()
+        theirs["sequence_bias"] = [[[t], b] for t, b in theirs.pop("logit_bias").items()]
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    out = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, **theirs
+    )
+    expected = out[0, len(prompt) :].tolist()
     engine = Engine(Runner(model, slots=2, capacity=96))
     params = SamplingParams(max_new_tokens=20, ignore_eos=True, **options)  # type: ignore[arg-type]
     for decoder in (AutoregressiveDecoder(), JacobiDecoder(6), SpeculativeDecoder(PromptLookup(), 6)):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import decoding
 from decoding.models import LoadedModel
@@ -25,16 +27,17 @@ def lm(smollm: LoadedModel) -> decoding.LocalBackend:
     )
 
 
-def first_layers(model: torch.nn.Module, count: int) -> torch.nn.Module:
+def first_layers(model: Any, count: int) -> PreTrainedModel:
     """The same model without its later layers: a draft model that shares the tokenizer, and every weight."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = count
     with torch.device("meta"):
-        small = type(model)(config)
+        small: Any = type(model)(config)
     small.load_state_dict(model.state_dict(), strict=False, assign=True)
     small.model.rotary_emb = model.model.rotary_emb
     small.lm_head.weight = small.model.embed_tokens.weight
-    return small.eval()
+    whole: PreTrainedModel = small.eval()
+    return whole
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,9 @@ def test_plain_decoding_equals_transformers_generate(
 ) -> None:
     for prompt, tokens in list(zip(prompts, plain_alone, strict=True))[::5]:
         ids = torch.tensor([lm.encode(prompt)])
-        theirs = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
+        theirs = lm.model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False
+        )
         assert theirs[0, ids.shape[1] :].tolist() == tokens
 
 

@@ -39,7 +39,7 @@ class Backend(ABC):
     ) -> Generation:
         """Continue `prompt`, after the beginning `prefill` of the answer, which the result does not repeat."""
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027 - a backend that keeps nothing has nothing to do
         """Reuse nothing of earlier requests for the next one, as far as this side decides."""
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:

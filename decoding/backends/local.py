@@ -28,7 +28,8 @@ class LocalBackend(Backend):
     """A Hugging Face model behind the engine. `decoding.load` makes one.
 
     model, tokenizer: the Hugging Face objects; using them directly does not disturb the engine.
-    engine: the token-level engine. eos: ids that end an answer. slots, capacity, step_tokens: see `Runner` and `Engine`.
+    engine: the token-level engine. eos: ids that end an answer. slots, capacity, step_tokens: see `Runner`
+    and `Engine`.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"text", "prefill", "tokens"})
@@ -70,7 +71,7 @@ class LocalBackend(Backend):
             messages: list[Message] = [{"role": "user", "content": prompt}]
         elif prompt and all(isinstance(item, int) for item in prompt):
             more = self.tokenizer(prefill, add_special_tokens=False)["input_ids"] if prefill else []
-            return [int(t) for t in prompt] + list(more)  # type: ignore[call-overload]
+            return [item for item in prompt if isinstance(item, int)] + list(more)
         else:
             messages = list(prompt)  # type: ignore[arg-type]
             if not messages:
@@ -84,7 +85,13 @@ class LocalBackend(Backend):
             text = "\n\n".join(message["content"] for message in messages) + prefill
             return list(self.tokenizer(text)["input_ids"])
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": m["role"], "content": m["content"]} for m in messages],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            )
         except Exception as error:
             raise InvalidRequest(f"the model's chat template does not take these messages: {error}") from error
         return list(self.tokenizer(text + prefill, add_special_tokens=False)["input_ids"])
@@ -99,7 +106,8 @@ class LocalBackend(Backend):
         self.engine.cache.forget()
 
     def pieces(self, tokens: List[int]) -> list[str]:
-        return [self.tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in tokens]
+        special = set(self.tokenizer.all_special_ids)
+        return ["" if token in special else str(self.tokenizer.decode([token])) for token in tokens]
 
     async def complete(
         self,

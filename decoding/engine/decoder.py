@@ -30,7 +30,7 @@ class Decoder(ABC):
     def commit(self, sequences: List[Sequence], output: Output) -> list[Commit]:
         """The tokens each sequence gains, at least one. `output` holds the model's verdict on the blocks."""
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, sequence: Sequence) -> None:  # noqa: B027 - most decoders keep nothing
         """The sequence has ended, for whatever reason."""
 
     @property

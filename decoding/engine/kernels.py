@@ -8,7 +8,7 @@ Which one wins is measured, not assumed. One token is a matrix-vector product ei
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -79,13 +79,14 @@ def _faster(weights: list[torch.Tensor]) -> bool:
     shapes: dict[torch.Size, list[torch.Tensor]] = {}
     for weight in weights:
         shapes.setdefault(weight.shape, []).append(weight)
+    ways: tuple[Callable[..., torch.Tensor], ...] = (F.linear, flipped_linear)
     plain = flipped = 0.0
     for members in shapes.values():
         for tokens in _TRIALS:
             x = torch.ones(tokens, members[0].shape[1])
             best = [float("inf")] * 2
             for _ in range(3):
-                for way, multiply in enumerate((F.linear, flipped_linear)):
+                for way, multiply in enumerate(ways):
                     began = time.perf_counter()
                     multiply(x, members[0], None)
                     best[way] = min(best[way], time.perf_counter() - began)

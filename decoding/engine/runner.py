@@ -35,8 +35,8 @@ class Runner:
     def __init__(self, model: PreTrainedModel, slots: int = 32, capacity: int | None = None) -> None:
         self.model = model.eval()
         self.config = model.config.get_text_config()
-        self.vocab = int(model.get_output_embeddings().weight.shape[0]) if model.get_output_embeddings() else 0
-        self.device = model.get_input_embeddings().weight.device
+        self.vocab = _vocabulary(model)
+        self.device: torch.device = embeddings(model).device
         self.context = _context_length(self.config)
         self._configs = _attention_configs(model)
         self._arguments = set(inspect.signature(model.forward).parameters)
@@ -85,7 +85,7 @@ class Runner:
                 positions = torch.arange(4, device=self.device)[None]
                 self._call(tokens[None], positions, torch.arange(4, device=self.device))
             except TypeError as error:
-                raise ModelError(f"{kind} models do not take packed positions, so the engine cannot run them: {error}")
+                raise ModelError(f"{kind} models take no packed positions, so the engine cannot run them.") from error
         layers = int(self.config.num_hidden_layers)
         if set(probe.layers) != set(range(layers)):
             raise ModelError(
@@ -130,8 +130,27 @@ class Runner:
 
     def _sample_tokens(self, count: int) -> torch.Tensor:
         """A few arbitrary but fixed token ids."""
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        rows = embeddings(self.model).shape[0]
         return (torch.arange(count, device=self.device) * 7919 + 11) % rows
+
+
+def embeddings(model: PreTrainedModel) -> torch.Tensor:
+    """[vocab, hidden] the weight that token ids go in through."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """How many logits the model gives per position."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(
+            f"this {model.config.model_type} model has no language-model head; load a causal language model."
+        )
+    weight = head.weight
+    assert isinstance(weight, torch.Tensor)
+    return int(weight.shape[0])
 
 
 def _context_length(config: Any) -> int:
