@@ -20,7 +20,15 @@ from decoding.errors import (
     RecordError,
     UnknownName,
 )
-from decoding.strategies import Autoregressive, Jacobi, SkeletonOfThought, Speculative, Strategy, TokenStrategy
+from decoding.strategies import (
+    Autoregressive,
+    Jacobi,
+    Lookahead,
+    SkeletonOfThought,
+    Speculative,
+    Strategy,
+    TokenStrategy,
+)
 from decoding.trace import Metrics, Step
 from decoding.types import Generation, SamplingParams
 
@@ -39,6 +47,7 @@ __all__ = [
     "InvalidRequest",
     "Jacobi",
     "LocalBackend",
+    "Lookahead",
     "Metrics",
     "ModelError",
     "RecordError",

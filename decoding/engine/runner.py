@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from decoding.engine.attention import ShapeProbe, attending
 from decoding.engine.block import Block
 from decoding.engine.cache import KVCache
-from decoding.engine.kernels import FlippedLinears
+from decoding.engine.kernels import FastLinears
 from decoding.engine.packing import Row, pack
 from decoding.errors import ModelError
 
@@ -40,7 +40,7 @@ class Runner:
         self.context = _context_length(self.config)
         self._configs = _attention_configs(model)
         self._arguments = set(inspect.signature(model.forward).parameters)
-        self._linears = FlippedLinears(model)
+        self.linears = FastLinears(model)
         layers = self._probe()
         capacity = min(capacity or 2048, self.context)
         per_slot = capacity * sum(layer.bytes_per_token for layer in layers)
@@ -64,7 +64,7 @@ class Runner:
         `cache.commit`, so a step that failed or was thrown away can be run again.
         """
         step = pack(rows, self.cache, self.device)
-        with attending(self._configs, step.attention), self._linears.active(step.tokens.shape[1]):
+        with attending(self._configs, step.attention), self.linears.active():
             return self._call(step.tokens, step.positions, step.keep)
 
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from decoding.strategies.autoregressive import Autoregressive
 from decoding.strategies.base import REGISTRY, Strategy, TokenStrategy, parse
 from decoding.strategies.jacobi import Jacobi
+from decoding.strategies.lookahead import Lookahead
 from decoding.strategies.skeleton import SkeletonOfThought
 from decoding.strategies.speculative import Speculative
 
@@ -10,6 +11,7 @@ __all__ = [
     "REGISTRY",
     "Autoregressive",
     "Jacobi",
+    "Lookahead",
     "SkeletonOfThought",
     "Speculative",
     "Strategy",
