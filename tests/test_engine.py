@@ -153,6 +153,15 @@ def test_draft_model_equals_plain_decoding_and_is_accepted_sometimes() -> None:
     assert 0 < sum(t.accepted for s in results for t in s.trace) < sum(t.drafted for s in results for t in s.trace)
 
 
+def test_a_draft_model_with_another_vocabulary_is_refused() -> None:
+    from decoding.backends.local import LocalBackend
+    from tests.tiny import tiny_tokenizer
+
+    backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=2, capacity=64)
+    with pytest.raises(ModelError, match="same tokenizer"):
+        DraftModel(tiny_model("llama", vocab_size=200)).attach(backend)
+
+
 class AcceptsOneWrongToken(AutoregressiveDecoder):
     """The negative control: takes one guess that the model did not confirm."""
 
