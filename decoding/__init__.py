@@ -8,6 +8,7 @@
 from decoding.api import generate, load, resolve, stream
 from decoding.backends.base import Backend
 from decoding.backends.local import LocalBackend
+from decoding.backends.openai import OpenAIBackend
 from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block, Commit
 from decoding.engine.decoder import Decoder
@@ -50,6 +51,7 @@ __all__ = [
     "Lookahead",
     "Metrics",
     "ModelError",
+    "OpenAIBackend",
     "RecordError",
     "SamplingParams",
     "SkeletonOfThought",

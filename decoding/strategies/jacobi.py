@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from decoding.engine.output import Output
     from decoding.engine.sequence import Sequence
 
+# Recycled guesses follow the longest run of tokens seen before, up to this many: more rarely come again.
+_LONGEST = 3
+
 
 @dataclass(frozen=True)
 class Jacobi(TokenStrategy):
@@ -54,7 +57,10 @@ class Jacobi(TokenStrategy):
 
 
 class JacobiDecoder(Decoder):
-    """Keeps one guess per sequence: what the model said last time behind the accepted tokens."""
+    """Keeps one guess per sequence: what the model said last time behind the accepted tokens.
+
+    With `recycle` it also keeps what followed what, see `_Followers`, and prefers that.
+    """
 
     def __init__(self, block_size: int, *, recycle: bool = False) -> None:
         self.block_size = block_size
@@ -94,7 +100,7 @@ class JacobiDecoder(Decoder):
             answers = output.best(i).tolist()
             self._guesses[sequence.id] = answers[len(commit.tokens) :]
             if sequence.id in self._followers:
-                self._followers[sequence.id].learn([*sequence.tokens[-LONGEST:], *output.blocks[i].tokens], answers)
+                self._followers[sequence.id].learn([*sequence.tokens[-_LONGEST:], *output.blocks[i].tokens], answers)
         return commits
 
     def forget(self, sequence: Sequence) -> None:
@@ -102,11 +108,8 @@ class JacobiDecoder(Decoder):
         self._followers.pop(sequence.id, None)
 
 
-LONGEST = 3  # tokens that are compared before a follower is trusted; prompt lookup's habit
-
-
 class _Followers:
-    """The token that came last after every run of up to `LONGEST` tokens, in a text or in the model's answers."""
+    """The token that came last after every run of up to `_LONGEST` tokens, in a text or in the model's answers."""
 
     def __init__(self) -> None:
         self._next: dict[tuple[int, ...], int] = {}
@@ -115,19 +118,19 @@ class _Followers:
     def read(self, text: List[int]) -> None:
         """Learn what a growing text added since the last call."""
         if len(text) > self._read:
-            self.learn(text[max(0, self._read - LONGEST) : -1], text[self._read :])
+            self.learn(text[max(0, self._read - _LONGEST) : -1], text[self._read :])
         self._read = len(text)
 
     def learn(self, tokens: List[int], answers: List[int]) -> None:
         """Each of the last `len(answers)` tokens, with those before it, was followed by the answer at its place."""
         first = len(tokens) - len(answers) + 1
         for end, answer in enumerate(answers, start=first):
-            for size in range(1, min(LONGEST, end) + 1):
+            for size in range(1, min(_LONGEST, end) + 1):
                 self._next[tuple(tokens[end - size : end])] = answer
 
     def find(self, text: List[int]) -> int | None:
         """What followed the longest known run that ends `text`."""
-        for size in range(min(LONGEST, len(text)), 0, -1):
+        for size in range(min(_LONGEST, len(text)), 0, -1):
             found = self._next.get(tuple(text[-size:]))
             if found is not None:
                 return found

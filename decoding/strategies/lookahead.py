@@ -50,6 +50,8 @@ class Lookahead(TokenStrategy):
             value = getattr(self, option)
             if not isinstance(value, int) or value < least:
                 raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
+        if not isinstance(self.shared_pool, bool):
+            raise InvalidRequest(f"shared_pool must be true or false, not {self.shared_pool!r}.")
 
     @property
     def lossless(self) -> bool:
