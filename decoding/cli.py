@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from decoding.backends.local import LocalBackend
+    from decoding.backends.base import Backend
     from decoding.types import SamplingParams
 
 # Imports are made where they are needed: `--help` and a mistyped option should not wait for torch.
@@ -123,11 +123,15 @@ def _catalogue() -> str:
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="smollm2-135m", help="alias, folder, .gguf file or hub id (%(default)s)")
+    group.add_argument("--base-url", metavar="URL", help="ask an OpenAI-compatible server for --model instead")
+    group.add_argument("--api-key-env", metavar="VAR", help="variable that holds its key (OPENAI_API_KEY)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (a GPU if there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 (float32 on a CPU)")
     group.add_argument("--device-map", help="spread the model over devices, e.g. auto")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that a model ships")
-    group.add_argument("--slots", type=int, default=32, help="sequences held in the cache at once (%(default)s)")
+    group.add_argument(
+        "--slots", type=int, default=32, help="sequences held in the cache, or calls of a server, at once (%(default)s)"
+    )
     group.add_argument("--capacity", type=int, help="tokens per sequence (the context, at most 2048)")
 
 
@@ -160,9 +164,11 @@ def _params(options: argparse.Namespace) -> SamplingParams:
     )
 
 
-def _load(options: argparse.Namespace, console: Console) -> LocalBackend:
+def _load(options: argparse.Namespace, console: Console) -> Backend:
     from decoding.api import load
 
+    if options.base_url is not None:
+        return _server(options)
     with console.status(f"loading {options.model}"):
         return load(
             options.model,
@@ -173,6 +179,19 @@ def _load(options: argparse.Namespace, console: Console) -> LocalBackend:
             slots=options.slots,
             capacity=options.capacity,
         )
+
+
+def _server(options: argparse.Namespace) -> Backend:
+    from decoding.backends.openai import OpenAIBackend
+    from decoding.errors import InvalidRequest
+
+    for name in ("device", "dtype", "device_map", "trust_remote_code", "capacity"):
+        if getattr(options, name):
+            raise InvalidRequest(f"--{name.replace('_', '-')} is about a local model; leave it out with --base-url.")
+    key = None
+    if options.api_key_env is not None and (key := os.environ.get(options.api_key_env)) is None:
+        raise InvalidRequest("the environment variable that --api-key-env names is not set; export it first.")
+    return OpenAIBackend(options.base_url, options.model, key, concurrency=options.slots)
 
 
 def _generate(options: argparse.Namespace) -> int:

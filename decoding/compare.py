@@ -11,6 +11,7 @@ from pathlib import Path
 
 from decoding import quality
 from decoding.api import run
+from decoding.assembly import assembled_metrics
 from decoding.backends.base import Backend
 from decoding.backends.local import LocalBackend
 from decoding.errors import InvalidRequest
@@ -18,7 +19,7 @@ from decoding.memory import PeakMemory
 from decoding.questions import Question
 from decoding.report import AnswerRecord, Json, RecordWriter, RunHeader, environment
 from decoding.strategies import Strategy
-from decoding.trace import Metrics, measure, shifted
+from decoding.trace import Metrics, shifted
 from decoding.types import Generation, Message, SamplingParams
 
 Progress = Callable[["Question | None", "Strategy", "AnswerRecord | None"], None]
@@ -175,10 +176,8 @@ async def answer_turns(question: Question, strategy: Strategy, backend: Backend,
         text="\n\n".join(generation.text for generation in generations),
         tokens=[token for generation in generations for token in generation.tokens],
         finish_reason=generations[-1].finish_reason,
-        metrics=measure(
-            trace,
-            seconds=sum(generation.metrics.seconds for generation in generations),
-            prompt_tokens=sum(generation.metrics.prompt_tokens for generation in generations),
+        metrics=assembled_metrics(
+            generations, trace, seconds=sum(generation.metrics.seconds for generation in generations)
         ),
         trace=trace,
         error=generations[-1].error,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from decoding.report import statistics
+from decoding.report.measures import difference
 from decoding.report.redaction import Json
 from decoding.report.runfile import Run
 from decoding.report.statistics import Interval
@@ -64,7 +65,7 @@ def compare_runs(first: Run, second: Run, *, seed: int = 0) -> RunComparison:
                 faster=statistics.bootstrap(statistics.ratio_of_sums, before, after, seed=seed),
                 speedups=(one, other),
                 agree=one.contains(other.estimate) and other.contains(one.estimate) if one and other else None,
-                identical=sum(list(answers[0][q].tokens) == list(answers[1][q].tokens) for q in both),
+                identical=sum(difference(answers[0][q], answers[1][q]) is None for q in both),
                 compared=len(both),
             )
         )

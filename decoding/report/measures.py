@@ -105,12 +105,20 @@ def time_shares(records: Sequence[AnswerRecord]) -> TimeShares:
     return TimeShares(plan, forward, commit, max(0.0, total - plan - forward - commit))
 
 
-def first_difference(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
+def first_difference(tokens: Sequence[object], reference: Sequence[object]) -> int | None:
     """Position (from 0) of the first token that differs; None if both are the same."""
     for i, (token, expected) in enumerate(zip(tokens, reference, strict=False)):
         if token != expected:
             return i
     return None if len(tokens) == len(reference) else min(len(tokens), len(reference))
+
+
+def difference(record: AnswerRecord, reference: AnswerRecord) -> int | None:
+    """Position of the first token that differs, or of the first character where only text is known; None if all are
+    the same."""
+    if record.tokens or reference.tokens:
+        return first_difference(record.tokens, reference.tokens)
+    return first_difference(record.text, reference.text)
 
 
 def step_seconds(record: AnswerRecord) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from decoding.report.measures import first_difference
+from decoding.report.measures import difference
 from decoding.report.records import BASELINE, AnswerRecord
 from decoding.report.redaction import Json
 from decoding.report.runfile import Run
@@ -88,7 +88,7 @@ def question_data(run: Run) -> Iterator[dict[str, Json]]:
 
 def _answer(record: AnswerRecord, strategy: int, plain: AnswerRecord | None) -> dict[str, Json]:
     metrics = record.metrics
-    differs = first_difference(record.tokens, plain.tokens) if plain and plain is not record else None
+    differs = difference(record, plain) if plain and plain is not record else None
     return {
         "strategy": strategy,
         "repeat": record.repeat,

@@ -19,7 +19,7 @@ from decoding.report.measures import (
     StepCost,
     TimeShares,
     acceptance,
-    first_difference,
+    difference,
     step_costs,
     time_shares,
 )
@@ -250,7 +250,7 @@ def _compare(answers: ByQuestion, plain: ByQuestion, estimate: Callable[..., Int
     differences = tuple(
         Difference(record.question_id, record.repeat, position)
         for record, reference in pairs
-        if (position := first_difference(record.tokens, reference.tokens)) is not None
+        if (position := difference(record, reference)) is not None
     )
     return Comparison(
         questions=len(both),

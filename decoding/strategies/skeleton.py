@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import prompts
+from decoding.assembly import assembled_metrics
 from decoding.backends.base import Backend, OnText
 from decoding.errors import InvalidRequest
 from decoding.strategies.autoregressive import Autoregressive
 from decoding.strategies.base import Strategy, TokenStrategy, parse
 from decoding.strategies.merge import merge, write_point
 from decoding.strategies.outline import OutlineParser, Point
-from decoding.trace import measure, shifted
+from decoding.trace import shifted
 from decoding.types import FinishReason, Generation, Message, Prompt, SamplingParams
 
 
@@ -29,9 +30,10 @@ class SkeletonOfThought(Strategy):
 
     inner: the token-level strategy of both stages. max_points: points beyond these are left out.
     outline_tokens, point_tokens: limits of the outline and of each point; a request's `max_new_tokens`
-    bounds the points together. repetition_penalty: for requests that set none; without it a small model writes the
-    same point over and over. prompt: the templates, a name under `prompts/`; "" takes the ones for small
-    models below a billion parameters. templates: a folder whose templates go before the shipped ones.
+    bounds the points together. repetition_penalty: for requests that set none, on local models only (servers
+    have no common field for it); without it a small model writes the same point over and over. prompt: the
+    templates, a name under `prompts/`; "" takes the ones for small models below a billion parameters.
+    templates: a folder whose templates go before the shipped ones.
 
     An outline of fewer than two points means that the question does not want a list: it is then answered
     by `inner` alone. The answer's `parts` hold the outline and every point.
@@ -54,6 +56,7 @@ class SkeletonOfThought(Strategy):
         if not isinstance(inner, TokenStrategy):
             raise InvalidRequest(f"inner must be a token-level strategy, which {inner} is not.")
         object.__setattr__(self, "inner", inner)
+        object.__setattr__(self, "needs", inner.needs)  # a backend that cannot run the stages cannot run the whole
         for option, least in (("max_points", 2), ("outline_tokens", 1), ("point_tokens", 1)):
             if not isinstance(value := getattr(self, option), int) or value < least:
                 raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
@@ -79,7 +82,7 @@ class SkeletonOfThought(Strategy):
                 seed=params.seed ^ zlib.crc32(label.encode()),
                 stop=(*params.stop, *stop),
                 repetition_penalty=self.repetition_penalty
-                if params.repetition_penalty == 1
+                if params.repetition_penalty == 1 and "tokens" in backend.capabilities
                 else params.repetition_penalty,
             )
             offset = time.perf_counter() - began
@@ -170,11 +173,7 @@ def _assemble(
         text=text,
         tokens=[token for label in labels for token in parts[label].tokens],
         finish_reason=reason,
-        metrics=measure(
-            trace,
-            seconds=time.perf_counter() - began,
-            prompt_tokens=sum(part.metrics.prompt_tokens for part in parts.values()),
-        ),
+        metrics=assembled_metrics(list(parts.values()), trace, seconds=time.perf_counter() - began),
         trace=trace,
         error=error,
         parts={label: parts[label] for label in labels},
