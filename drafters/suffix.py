@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from decoding.engine.sequence import Sequence
 
 _BREAK = -1  # stands before, between and after texts; equals no token
+_BREAKS = np.array([_BREAK], dtype=np.int32)
 _SAMPLE = 256  # what comes next is counted over this many of the latest occurrences at most
 
 
@@ -101,12 +102,12 @@ class Suffix(Drafter):
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
         for sequence in sequences:
             self._texts.setdefault(sequence.id, _Text(len(sequence.prompt))).extend_to(sequence.tokens)
-        others = np.concatenate([self._answers.tokens, *(text.answer() for text in self._texts.values()), [_BREAK]])
+        others = np.concatenate([self._answers.tokens, *(text.answer() for text in self._texts.values()), _BREAKS])
         drafts = []
         for sequence, length in zip(sequences, lengths, strict=True):
             text, found = self._texts[sequence.id], _Guess()
             if length > 0:
-                end = text.tokens[: 1 + text.size][-self.depth :][::-1]
+                end = text.tokens[1 : 1 + text.size][-self.depth :][::-1]
                 own = self._guesses(text.with_room(length), text.size, end, length, grows=True)
                 shared = self._guesses(others, len(others) - 1, end, length, grows=False)
                 # Of equals the first is taken: the text itself before others.
@@ -189,7 +190,7 @@ class _Text:
 
     def answer(self) -> np.ndarray:
         """A break, and the text behind the prompt."""
-        return np.concatenate([[_BREAK], self.tokens[1 + self._prompt : 1 + self.size]])
+        return np.concatenate([_BREAKS, self.tokens[1 + self._prompt : 1 + self.size]])
 
 
 class _Answers:
@@ -217,7 +218,7 @@ class _Answers:
         """Remember an answer [tokens]; of one that is too long, its end."""
         if not len(answer) or self._limit < 2:
             return
-        answer = np.concatenate([np.array([_BREAK], dtype=np.int32), answer[1 - self._limit :]])
+        answer = np.concatenate([_BREAKS, answer[1 - self._limit :]])
         self._kept.append(answer)
         self._size += len(answer)
         while self._size > self._limit:

@@ -7,6 +7,7 @@ Recycling".
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -130,7 +131,7 @@ class _Template:
         return cls(
             parents=np.array([index.get(path[:-1], -1) for path in chosen]),
             ranks=np.array([path[-1] for path in chosen]),
-            levels=tuple(slice(start, stop) for start, stop in zip(ends, ends[1:])),
+            levels=tuple(slice(start, stop) for start, stop in itertools.pairwise(ends)),
         )
 
 
