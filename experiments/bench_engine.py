@@ -92,7 +92,12 @@ def transformers_generate(lm: LocalBackend, prompts: list[list[int]], new_tokens
     # An end-of-sequence id that no token has: everybody decodes for the same number of tokens.
     with torch.inference_mode():
         out = lm.model.generate(  # type: ignore[operator]
-            ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=pad
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=lm.engine.runner.vocab,
+            pad_token_id=pad,
         )
     return [row.tolist() for row in out[:, longest:]]
 

@@ -55,7 +55,11 @@ def reference(lm: decoding.LocalBackend, prompt: list[int], new_tokens: int) -> 
     """Greedy tokens from transformers."""
     ids = torch.tensor([prompt])
     out = lm.model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=lm.engine.runner.vocab,
     )
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens

@@ -159,7 +159,9 @@ def test_a_draft_model_with_another_vocabulary_is_refused() -> None:
 
     backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=2, capacity=64)
     with pytest.raises(ModelError, match="same tokenizer"):
-        DraftModel(tiny_model("llama", vocab_size=200)).attach(backend)
+        DraftModel(tiny_model("llama", vocab_size=200, bos_token_id=None, eos_token_id=None, pad_token_id=None)).attach(
+            backend
+        )
 
 
 class AcceptsOneWrongToken(AutoregressiveDecoder):

@@ -47,7 +47,7 @@ def strategies(smollm: LoadedModel) -> dict[str, TokenStrategy]:
     return {
         "plain": decoding.Autoregressive(),
         "prompt lookup": Speculative("prompt-lookup", draft_length=6),
-        "draft model": Speculative(DraftModel(first_layers(smollm.model, 2)), draft_length=3),
+        "draft model": Speculative(DraftModel(first_layers(smollm.model, 1)), draft_length=2),
         "jacobi": Jacobi(block_size=8),
     }
 

@@ -106,16 +106,17 @@ class AttentionStep:
             q = query[0, :, group.start : group.stop]  # [heads, tokens, dim]
             if group.gather is not None:
                 q = q.index_select(1, group.gather)
-            # Queries that share a key head are stacked, so that every key is read once.
             q = q.view(heads, slots, group.width, -1).transpose(0, 1)
-            q = q.reshape(slots, kv_heads, fold * group.width, -1)
             k = keys[group.first : group.last, :, : group.context]
             v = values[group.first : group.last, :, : group.context]
-            mask = group.mask(window, fold, query.dtype, query.device)
-            if softcap is None and sinks is None:
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            if softcap is None and sinks is None and slots == 1:
+                mask = group.mask(window, 1, query.dtype, query.device)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=fold > 1)
             else:
-                out = _attend_explicitly(q, k, v, mask, scale, softcap, sinks, fold)
+                # Queries that share a key head are stacked, so that every key is read once.
+                q = q.reshape(slots, kv_heads, fold * group.width, -1)
+                mask = group.mask(window, fold, query.dtype, query.device)
+                out = _attend_stacked(q, k, v, mask, scale, softcap, sinks, fold)
             out = out.view(slots, heads, group.width, -1).permute(0, 2, 1, 3).reshape(slots * group.width, heads, -1)
             outputs.append(out if group.scatter is None else out.index_select(0, group.scatter))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
@@ -130,7 +131,7 @@ class AttentionStep:
             cache[entries // capacity, :, entries % capacity] = new[0].transpose(0, 1)
 
 
-def _attend_explicitly(
+def _attend_stacked(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -140,7 +141,10 @@ def _attend_explicitly(
     sinks: torch.Tensor | None,
     fold: int,
 ) -> torch.Tensor:
-    """Attention for models that squash scores (Gemma 2) or add a sink per head (gpt-oss)."""
+    """Attention of queries [slots, kv_heads, fold × width, dim]; spelled out for models that squash scores (Gemma 2)
+    or add a sink per head (gpt-oss)."""
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

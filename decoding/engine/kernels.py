@@ -19,8 +19,9 @@ from torch.nn import functional as F
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """[tokens, in] and [out, in] to [tokens, out]."""
 
-_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers of tokens that are timed; a step uses the choice for the next higher one, a wider step `F.linear`."""
+_TOKENS = (2, 4, 8, 16, 32, 64)
+"""Numbers of tokens that are timed; a step uses the choice for the next higher one. A wider step uses `F.linear`, and
+so does a single token, where there is nothing to choose: both are a matrix-vector product."""
 
 _TRIALS = 4
 _ROWS = 4096  # of a larger weight, as many are timed
@@ -56,8 +57,11 @@ class FastLinears:
         self._forwards = [(layer, _Forward(layer, self.choices[tuple(layer.weight.shape)])) for layer in layers]
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """For the duration of a step."""
+    def active(self, tokens: int) -> Iterator[None]:
+        """For the duration of a step over so many tokens; with a single one there is nothing to choose."""
+        if tokens == 1:
+            yield
+            return
         for layer, forward in self._forwards:
             layer.__dict__["forward"] = forward
         try:
@@ -74,14 +78,14 @@ class _Forward:
         self._weight = layer.weight.detach()
         self._bias = None if layer.bias is None else layer.bias.detach()
         # by the bit length of tokens - 1, which is the index of the next power of two
-        self._kernels = [KERNELS[name] for name in names]
+        self._kernels = [F.linear, *(KERNELS[name] for name in names)]
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        flat = input.reshape(-1, input.shape[-1])
-        size = (len(flat) - 1).bit_length()
-        if size >= len(self._kernels) or not len(flat):
+        tokens = input.numel() // input.shape[-1]
+        size = max(tokens - 1, 0).bit_length()
+        if size >= len(self._kernels) or self._kernels[size] is F.linear:
             return F.linear(input, self._weight, self._bias)
-        out = self._kernels[size](flat, self._weight)
+        out = self._kernels[size](input.reshape(tokens, -1), self._weight)
         if self._bias is not None:
             out = out + self._bias
         return out.view(*input.shape[:-1], -1)

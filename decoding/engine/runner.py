@@ -64,7 +64,7 @@ class Runner:
         `cache.commit`, so a step that failed or was thrown away can be run again.
         """
         step = pack(rows, self.cache, self.device)
-        with attending(self._configs, step.attention), self.linears.active():
+        with attending(self._configs, step.attention), self.linears.active(step.tokens.shape[1]):
             return self._call(step.tokens, step.positions, step.keep)
 
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
