@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,27 +104,33 @@ class Suffix(Drafter):
         others = np.concatenate([self._answers.tokens, *(text.answer() for text in self._texts.values()), _BREAKS])
         drafts = []
         for sequence, length in zip(sequences, lengths, strict=True):
-            text, found = self._texts[sequence.id], _Guess()
+            text, guess = self._texts[sequence.id], _Guess()
             if length > 0:
                 end = text.tokens[1 : 1 + text.size][-self.depth :][::-1]
-                own = self._guesses(text.with_room(length), text.size, end, length, grows=True)
-                shared = self._guesses(others, len(others) - 1, end, length, grows=False)
-                # Of equals the first is taken: the text itself before others.
-                found = max([*own, *shared], key=lambda guess: guess.score, default=found)
-            drafts.append(Draft(Block(found.tokens)))
+                own = self._best(text.with_room(length), text.size, end, length, grows=True)
+                shared = self._best(others, len(others) - 1, end, length, grows=False)
+                guess = own if own.score >= shared.score else shared
+            drafts.append(Draft(Block(guess.tokens)))
         return drafts
 
-    def _guesses(self, text: np.ndarray, size: int, end: np.ndarray, length: int, *, grows: bool) -> Iterator[_Guess]:
-        """One for every set of occurrences in text[:size] of the last tokens, `end` (last token first)."""
+    def _best(self, text: np.ndarray, size: int, end: np.ndarray, length: int, *, grows: bool) -> _Guess:
+        """The best guess over all lengths of match in text[:size] with the last tokens, `end` (last token first)."""
         after = np.flatnonzero(text[:size] == end[0]) + 1  # where occurrences continue
+        matches: list[tuple[int, np.ndarray]] = []
         for matched in range(1, len(end) + 1):
             if not len(after):
-                return
+                break
             longer = after[text[after - matched - 1] == end[matched]] if matched < len(end) else after[:0]
             if len(longer) < len(after):  # else the longer match says the same with more confidence
-                limit = min(length, int(self.factor * matched))
-                yield self._follow(text, size, after[-_SAMPLE:], limit, grows)
+                matches.append((min(length, int(self.factor * matched)), after[-_SAMPLE:]))
             after = longer
+        best = _Guess()
+        for limit, after in reversed(matches):
+            if best.score >= limit:
+                break  # no guess of a shorter match can promise more
+            guess = self._follow(text, size, after, limit, grows)
+            best = guess if guess.score > best.score else best
+        return best
 
     def _follow(self, text: np.ndarray, size: int, after: np.ndarray, limit: int, grows: bool) -> _Guess:
         """The most frequent token, and on from where it stood, while the chance that all are right suffices.
