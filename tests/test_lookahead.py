@@ -339,9 +339,20 @@ class Echo(Decoder):
         return confirm(output)
 
 
-def waiting(tokens: list[int]) -> Sequence:
-    """A sequence that has not run yet, with 32 tokens of room."""
-    return Sequence(0, tokens, SamplingParams(), Echo(), frozenset(), len(tokens) + 33, 0.0)
+def waiting(tokens: list[int], room: int = 32) -> Sequence:
+    """A sequence that has not run yet, with room for so many guesses."""
+    return Sequence(0, tokens, SamplingParams(), Echo(), frozenset(), len(tokens) + 1 + room, 0.0)
+
+
+def test_no_place_of_a_block_lies_beyond_the_room() -> None:
+    deepest = []
+    for room in range(8):
+        decoder = LookaheadDecoder(window=3, ngram=4, guesses=2)
+        sequence = waiting([4, 5, 6, 7, 8, 4], room)
+        decoder._search(sequence).rows = [[10, 11, 12], [20, 21, 22], [30, 31, 32]]
+        (block,) = decoder.plan([sequence])
+        deepest.append(int(layout(len(block), 1, tuple(block.parents or ()), False).depth.max()))
+    assert deepest == [0, 1, 2, 3, 3, 5, 5, 5], "a candidate is 3 tokens deep, the window 5"
 
 
 def test_recycled_guesses_continue_the_longest_run_seen_before() -> None:
