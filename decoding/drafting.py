@@ -67,6 +67,9 @@ class Drafter(TextForm, ABC):
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
 
+    def unlearn(self) -> None:
+        """Drop whatever earlier requests taught, so that the next one starts afresh."""
+
 
 def names() -> dict[str, type[Drafter]]:
     """Every drafter that can be named."""

@@ -163,6 +163,11 @@ class Suffix(Drafter):
         self._texts.pop(sequence.id, None)
         self._answers.add(np.array(sequence.new_tokens, dtype=np.int32))
 
+    def unlearn(self) -> None:
+        """Drop the ended answers, but for a memory that was asked for by its `path`."""
+        if self.path is None:
+            self._answers = _Answers(self.memory)
+
 
 @dataclass(frozen=True)
 class _Guess:

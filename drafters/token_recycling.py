@@ -88,6 +88,9 @@ class TokenRecycling(Drafter):
         self._table[at] = best
         self._table[at[kept]] = best[kept]  # where a token was guessed twice, the confirmed context counts
 
+    def unlearn(self) -> None:
+        self._table[:] = -1
+
     def _most_likely(self, logits: torch.Tensor, rows: np.ndarray) -> np.ndarray:
         """[rows, width] token ids; -1 behind the end of a vocabulary that is smaller."""
         vocab = logits.shape[1]

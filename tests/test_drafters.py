@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import decoding
 from decoding import drafting
 from decoding.backends.local import LocalBackend
 from decoding.drafting import Drafter
@@ -29,7 +30,7 @@ from decoding.strategies.speculative import SpeculativeDecoder
 from decoding.types import SamplingParams
 from drafters import Suffix, TokenRecycling
 from tests.test_engine import greedy_reference, prompts, run
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 LEARNERS = (Suffix, TokenRecycling)
 _ids = itertools.count()
@@ -368,3 +369,18 @@ def test_token_recycling_needs_no_more_tokens_than_the_vocabulary_has() -> None:
     drafter.observe([sequence], output_of(sequence, Block(), torch.zeros(1, 3)), [Commit([0])])
     (draft,) = drafter.propose([sequence], [1])
     assert sorted(draft.block.tokens) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", ["suffix", "token-recycling"])
+def test_a_forgetful_backend_starts_every_answer_afresh(text: str) -> None:
+    lm = decoding.LocalBackend(tiny_model("llama"), tiny_tokenizer(), eos=[EOS], slots=2, capacity=256)
+    params = decoding.SamplingParams(max_new_tokens=32, ignore_eos=True)
+
+    def accepted() -> int:
+        return decoding.generate("abcabc", lm, strategy=f"speculative(drafter={text})", params=params).metrics.accepted
+
+    first = accepted()
+    taught = accepted()
+    lm.forget()
+    assert accepted() == first
+    assert text != "suffix" or taught > first, "it learned nothing, so nothing was forgotten"

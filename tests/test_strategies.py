@@ -30,7 +30,7 @@ def test_text_form_parses_back(strategy: decoding.Strategy) -> None:
 
 def test_text_form_names_only_what_differs_from_the_default() -> None:
     assert str(Jacobi()) == "jacobi"
-    assert str(Jacobi(block_size=4)) == "jacobi(block_size=4)"
+    assert str(Jacobi(block_size=6)) == "jacobi(block_size=6)"
     nested = SkeletonOfThought(inner=Speculative(draft_length=3))
     assert str(nested) == "skeleton(inner=speculative(draft_length=3))"
 

@@ -40,7 +40,7 @@ class Backend(ABC):
         """Continue `prompt`, after the beginning `prefill` of the answer, which the result does not repeat."""
 
     def forget(self) -> None:  # noqa: B027 - a backend that keeps nothing has nothing to do
-        """Reuse nothing of earlier requests for the next one, as far as this side decides."""
+        """Reuse nothing of earlier requests for the next one: no cached prefix, nothing that a drafter learned."""
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text of every token on its own, for display; empty if the backend does not know."""

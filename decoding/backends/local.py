@@ -104,6 +104,8 @@ class LocalBackend(Backend):
 
     def forget(self) -> None:
         self.engine.cache.forget()
+        for decoder in self._decoders.values():
+            decoder.unlearn()
 
     def pieces(self, tokens: List[int]) -> list[str]:
         special = set(self.tokenizer.all_special_ids)

@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,11 +51,10 @@ class KVCache:
         for shape in dict.fromkeys(layers):
             members = [i for i, layer in enumerate(layers) if layer == shape]
 
-            def stack(dim: int, shape: LayerShape = shape, count: int = len(members)) -> torch.Tensor:
-                # zeros, not empty: masked-out garbage must stay finite, since 0 × NaN is NaN
-                return torch.zeros((count, slots, shape.heads, capacity, dim), dtype=shape.dtype, device=shape.device)
-
-            keys, values = stack(shape.key_dim), stack(shape.value_dim)
+            keys, values = (
+                _zeros((len(members), slots, shape.heads, capacity, dim), shape)
+                for dim in (shape.key_dim, shape.value_dim)
+            )
             self._stacks.append((keys, values))
             for row, i in enumerate(members):
                 self.keys[i], self.values[i] = keys[row], values[row]
@@ -142,3 +142,14 @@ class KVCache:
             row, src, dst = (torch.from_numpy(a.copy()).to(keys.device) for a in (slot, source, target))
             keys[:, row, :, dst] = keys[:, row, :, src]
             values[:, row, :, dst] = values[:, row, :, src]
+
+
+def _zeros(size: tuple[int, ...], shape: LayerShape) -> torch.Tensor:
+    """Zeros, since masked-out garbage must stay finite: 0 × NaN is NaN.
+
+    On a CPU they come from NumPy, whose zeros take no memory until they are written to.
+    """
+    if shape.device.type != "cpu":
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+    lazy = np.zeros(math.prod(size) * shape.dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(lazy).view(shape.dtype).view(size)

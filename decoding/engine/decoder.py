@@ -33,6 +33,9 @@ class Decoder(ABC):
     def forget(self, sequence: Sequence) -> None:  # noqa: B027 - most decoders keep nothing
         """The sequence has ended, for whatever reason."""
 
+    def unlearn(self) -> None:  # noqa: B027 - most decoders learn nothing
+        """Drop whatever earlier requests taught, so that the next one starts afresh."""
+
     @property
     def name(self) -> str:
         """Who guessed, as the trace shows it."""

@@ -54,9 +54,6 @@ class TokenStrategy(Strategy):
     def decoder(self, backend: LocalBackend) -> Decoder:
         """A decoder for this strategy on this backend. Called once for each."""
 
-    def check(self, params: SamplingParams) -> None:
-        """Raise InvalidRequest if the strategy cannot honour these parameters."""
-
     async def answer(
         self, prompt: Prompt, params: SamplingParams, backend: Backend, on_text: OnText | None = None
     ) -> Generation:

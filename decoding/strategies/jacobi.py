@@ -36,7 +36,7 @@ class Jacobi(TokenStrategy):
     rejected ones included, instead of with the last iterate and a repetition of the recent text.
     """
 
-    block_size: int = 8
+    block_size: int = 4
     recycle: bool = False
 
     name: ClassVar[str] = "jacobi"

@@ -139,6 +139,10 @@ class LookaheadDecoder(Decoder):
     def name(self) -> str:
         return "lookahead"
 
+    def unlearn(self) -> None:
+        if self._shared is not None:
+            self._shared = NgramPool(self.guesses)
+
     def plan(self, sequences: List[Sequence]) -> list[Block]:
         blocks = []
         for sequence in sequences:

@@ -79,6 +79,9 @@ class SpeculativeDecoder(Decoder):
         self.drafter.observe(sequences, output, commits)
         return commits
 
+    def unlearn(self) -> None:
+        self.drafter.unlearn()
+
     def forget(self, sequence: Sequence) -> None:
         self._drafts.pop(sequence.id, None)
         self.drafter.forget(sequence)
