@@ -119,7 +119,7 @@ class _Template:
     def best(cls, nodes: int, width: int) -> _Template:
         """The tree that is accepted furthest if a token of rank r (from 0) is right with `_chance(r)`."""
         chosen: list[tuple[int, ...]] = []  # paths of ranks
-        heap = [(-_chance(0), (0,))]
+        heap: list[tuple[float, tuple[int, ...]]] = [(-_chance(0), (0,))]
         while len(chosen) < nodes:
             weight, path = heapq.heappop(heap)
             chosen.append(path)

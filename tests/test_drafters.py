@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence as List
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_greedy_tokens_equal_plain_decoding(make: type[Drafter], kind: str, toge
 def test_token_recycling_drafts_trees_that_are_accepted_off_the_first_branch() -> None:
     model = tiny_model("llama")
     engine = Engine(Runner(model, slots=8, capacity=96))
-    branched = []
+    branched: list[List[int]] = []
 
     class Watched(TokenRecycling):
         def observe(self, sequences: List[Sequence], output: Output, commits: List[Commit]) -> None:
@@ -104,7 +105,13 @@ def test_token_recycling_drafts_trees_that_are_accepted_off_the_first_branch() -
 
 
 # Four tokens, two of them guessed at most: few enough outcomes to count, all kinds of verification in them.
-_SMALL = {"vocab_size": 4, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "initializer_range": 0.15}
+_SMALL: dict[str, Any] = {
+    "vocab_size": 4,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "initializer_range": 0.15,
+}
 
 
 class KeepsTheFirstGuess(SpeculativeDecoder):

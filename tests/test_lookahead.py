@@ -89,7 +89,7 @@ def test_a_place_of_the_window_sees_row_0_up_to_its_column_and_its_column(width:
     for level, column in itertools.product(range(height), range(width)):
         seen = {rows[0][j] for j in range(column + 1)} | {rows[k][column] for k in range(level + 1)}
         row = 1 + candidates + level * width + column
-        assert {block.tokens[i] for i in np.flatnonzero(where.visible[row, 1:])} == seen
+        assert {block.tokens[i] for i in np.flatnonzero(where.visible[row, 1:]).tolist()} == seen
         assert where.depth[row] == 1 + level + column
 
 
