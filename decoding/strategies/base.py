@@ -26,7 +26,7 @@ class Strategy(TextForm, ABC):
     """
 
     name: ClassVar[str]
-    summary: ClassVar[str]
+    summary: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
