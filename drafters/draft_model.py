@@ -113,9 +113,8 @@ class DraftModel(Drafter):
             columns = SamplingColumns.of([s.params for s in members], logits.device)
             chance = probabilities(logits[sampled], columns)
             chance = torch.nn.functional.pad(chance, (0, self._vocab - chance.shape[1]))
-            seeds = torch.tensor([s.params.seed for s in members], device=logits.device)
             draws = torch.tensor([s.draws for s in members], device=logits.device)
-            u = uniforms(seeds, draws, _STREAM, depth + 1)[:, depth]
+            u = uniforms(columns.seed, draws, _STREAM, depth + 1)[:, depth]
             for k, token, row in zip(sampled, draw(chance, u).tolist(), chance, strict=True):
                 tokens[k], chances[k] = token, row
         return [(i, tokens[k], chances.get(k)) for k, i in enumerate(active)]

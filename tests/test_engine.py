@@ -153,6 +153,26 @@ def test_draft_model_equals_plain_decoding_and_is_accepted_sometimes() -> None:
     assert 0 < sum(t.accepted for s in results for t in s.trace) < sum(t.drafted for s in results for t in s.trace)
 
 
+def test_a_sampling_draft_model_that_is_the_target_is_always_accepted() -> None:
+    """Drafting and verifying have to use one q, with the same temperature and filters, for any seed."""
+    from decoding.backends.local import LocalBackend
+    from tests.tiny import tiny_tokenizer
+
+    model = tiny_model("llama")
+
+    def wasted(draft: PreTrainedModel) -> int:
+        backend = LocalBackend(model, tiny_tokenizer(), slots=4, capacity=96)
+        drafter = DraftModel(draft)
+        drafter.attach(backend)
+        params = SamplingParams(max_new_tokens=24, temperature=0.9, top_p=0.95, seed=2**63 + 5, ignore_eos=True)
+        results = run(backend.engine, [(p, SpeculativeDecoder(drafter, 3)) for p in prompts(4)], params)
+        assert [s.error for s in results] == [None] * 4
+        return sum(t.drafted - t.accepted for s in results for t in s.trace)
+
+    assert wasted(model) == 0
+    assert wasted(tiny_model("llama", seed=3)) > 0, "a draft model of other weights must be refused sometimes"
+
+
 def test_a_draft_model_with_another_vocabulary_is_refused() -> None:
     from decoding.backends.local import LocalBackend
     from tests.tiny import tiny_tokenizer

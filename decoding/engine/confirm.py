@@ -14,7 +14,7 @@ import torch
 
 from decoding.engine.block import Block, Commit
 from decoding.engine.output import Output
-from decoding.engine.sampling import uniforms
+from decoding.engine.sampling import SamplingColumns, uniforms
 from decoding.engine.verify import Verdict, verify_block, verify_greedy, verify_rejection
 from decoding.engine.verify_tree import verify_traversal, verify_tree_greedy, verify_tree_topk
 
@@ -70,7 +70,7 @@ def _verify_sampled(
     tokens = tokens.to(device)
     target = output.probabilities(picks)
     sequences = [output.sequences[i] for i in picks]
-    seeds = torch.tensor([(s.params.seed + 2**63) % 2**64 - 2**63 for s in sequences], device=device)
+    seeds = SamplingColumns.of([s.params for s in sequences], device).seed
     draws = torch.tensor([s.draws for s in sequences], device=device)
     u = uniforms(seeds, draws, STREAM, tokens.shape[1] + 1)
     q = None

@@ -33,8 +33,8 @@ def flipped(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 KERNELS: Mapping[str, Kernel] = {"linear": F.linear, "flipped": flipped}
-# Not here, though its matrix-vector product is a third faster alone: NumPy's BLAS. Its threads and the tensor library's
-# wait for work by spinning, and take the cores from each other.
+# Not here, though it may be faster alone: NumPy's BLAS. Its threads and the tensor library's wait for work by spinning,
+# and take the cores from each other.
 
 
 class FastLinears:
