@@ -41,11 +41,13 @@ class PackedStep:
     """A step ready to run: tokens and positions [1, tokens], which rows need logits, and attention.
 
     keep: packed index of every position that needs logits, sequence after sequence in the order of the rows.
+    order: [tokens] packed index of every token, likewise in the order of the rows.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     keep: torch.Tensor
+    order: torch.Tensor
     attention: AttentionStep
 
 
@@ -88,6 +90,7 @@ def pack(rows: Sequence[Row], cache: KVCache, device: torch.device) -> PackedSte
         tokens=move(np.asarray(tokens, dtype=np.int64))[None],
         positions=move(positions.astype(np.int64))[None],
         keep=move(np.concatenate(keep) if keep else np.zeros(0, dtype=np.int64)),
+        order=move(np.concatenate([starts[i] + np.arange(len(row)) for i, row in enumerate(rows)])),
         attention=AttentionStep(
             cache, groups, move(write), None if only is None else (only.slot, int(cached[only.slot]))
         ),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from decoding.engine.attention import ShapeProbe, attending
@@ -41,6 +43,9 @@ class Runner:
         self._configs = _attention_configs(model)
         self._arguments = set(inspect.signature(model.forward).parameters)
         self.linears = FastLinears(model)
+        self._stack = _decoder_layers(model, int(self.config.num_hidden_layers))
+        self.capture: tuple[int, ...] = ()
+        self.captured = torch.empty(0)
         layers = self._probe()
         capacity = min(capacity or 2048, self.context)
         per_slot = capacity * sum(layer.bytes_per_token for layer in layers)
@@ -56,16 +61,58 @@ class Runner:
         self._check()
 
     @torch.inference_mode()
-    def forward(self, rows: Sequence[Row]) -> torch.Tensor:
+    def forward(self, rows: Sequence[Row], *, layers: int | None = None) -> torch.Tensor:
         """Run one step. Returns logits [positions, vocab]: for every row that asked for them, at its last
         pending token and then at each guess, row after row.
 
         Writes keys and values behind each slot's committed ones, as scratch: nothing is counted until
         `cache.commit`, so a step that failed or was thrown away can be run again.
+
+        layers: run only so many of the first decoder layers, then the final norm and the head. What that
+        writes to the cache of these layers is what a whole pass would write.
+
+        While `capture` names layers (0 for the first), `captured` [tokens, len(capture), hidden] holds what
+        these put out, for all tokens of all rows in the order of `rows`.
         """
         step = pack(rows, self.cache, self.device)
         with attending(self._configs, step.attention), self.linears.active(step.tokens.shape[1]):
-            return self._call(step.tokens, step.positions, step.keep)
+            with self._first(layers), self._capturing() as outputs:
+                logits = self._call(step.tokens, step.positions, step.keep)
+        if self.capture:
+            self.captured = torch.stack([outputs[i] for i in self.capture], dim=1)[step.order]
+        return logits
+
+    @contextmanager
+    def _first(self, layers: int | None) -> Iterator[None]:
+        """Leave out all but the first decoder layers."""
+        if layers is None:
+            yield
+            return
+        parent, name, whole = self._stack
+        setattr(parent, name, whole[:layers])
+        try:
+            yield
+        finally:
+            setattr(parent, name, whole)
+
+    @contextmanager
+    def _capturing(self) -> Iterator[dict[int, torch.Tensor]]:
+        """Collect the hidden states, [tokens, hidden], behind the layers that `capture` names."""
+        outputs: dict[int, torch.Tensor] = {}
+
+        def keep(layer: int) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+                hidden = output if isinstance(output, torch.Tensor) else output[0]
+                outputs[layer] = hidden[0]
+
+            return hook
+
+        hooks = [self._stack[2][layer].register_forward_hook(keep(layer)) for layer in self.capture]
+        try:
+            yield outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _call(self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         extra: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in self._arguments else {}
@@ -132,6 +179,15 @@ class Runner:
         """A few arbitrary but fixed token ids."""
         rows = embeddings(self.model).shape[0]
         return (torch.arange(count, device=self.device) * 7919 + 11) % rows
+
+
+def _decoder_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The list of decoder layers, the module that holds it, and its name there."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return parent, name, child
+    raise ModelError(f"this {model.config.model_type} model keeps its {count} layers in no list, so it cannot be run.")
 
 
 def embeddings(model: PreTrainedModel) -> torch.Tensor:
