@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -76,6 +77,7 @@ def _parser(arguments: Sequence[str] | None) -> argparse.ArgumentParser:
 
     compare = command("compare", "answer questions with several strategies, side by side", _compare, catalogue)
     compare.add_argument("questions", nargs="?", default="default", help="a question file or a shipped suite")
+    compare.add_argument("--config", metavar="FILE", help="a run file, or a shipped one's name; options override it")
     compare.add_argument(
         "--strategies",
         nargs="+",
@@ -85,16 +87,28 @@ def _parser(arguments: Sequence[str] | None) -> argparse.ArgumentParser:
     )
     compare.add_argument("--limit", type=int, help="only the first N questions")
     compare.add_argument("--categories", nargs="+", metavar="CATEGORY", help="only these categories")
-    compare.add_argument("--repeats", type=int, default=1, help="times every answer is made (%(default)s)")
-    compare.add_argument("--streams", type=int, default=1, help="questions answered at once (%(default)s)")
     compare.add_argument("--output", type=Path, help="run directory (runs/DATE-TIME)")
-    compare.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR, same options")
+    compare.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR, configured as it was")
+    schedule = compare.add_argument_group("schedule")
+    schedule.add_argument("--repeats", type=int, default=1, help="times every answer is made (%(default)s)")
+    schedule.add_argument("--streams", type=int, default=1, help="questions answered at once (%(default)s)")
+    schedule.add_argument("--warm-up", type=int, default=1, help="unrecorded answers per strategy (%(default)s)")
+    schedule.add_argument("--cool-down", type=float, default=0.0, metavar="SECONDS", help="rest before each turn")
     _model_options(compare)
     _sampling_options(compare)
+    compare.add_argument("--ignore-eos", action="store_true", help="answers of full length, for measurements")
+
+    def again(defaults: dict[str, object]) -> argparse.Namespace:
+        """The same command line once more, over other defaults: those of a run file."""
+        compare.set_defaults(**defaults)
+        return parser.parse_args(arguments)
+
+    compare.set_defaults(again=again)
 
     report = command("report", "make the table and the HTML page of a run again, or compare two runs", _report)
     report.add_argument("directory", type=Path, help="run directory")
     report.add_argument("other", type=Path, nargs="?", help="another run, to compare with")
+    report.add_argument("--export", nargs="+", type=Path, default=[], metavar="FILE", help="also as .csv, .parquet, .md")
 
     command("models", "list the models that can be named, and where they are", _models)
     return parser
@@ -165,33 +179,11 @@ def _params(options: argparse.Namespace) -> SamplingParams:
 
 
 def _load(options: argparse.Namespace, console: Console) -> Backend:
-    from decoding.api import load
+    from decoding.config import LoadOptions
 
-    if options.base_url is not None:
-        return _server(options)
+    how = LoadOptions(**{item.name: getattr(options, item.name) for item in fields(LoadOptions)})
     with console.status(f"loading {options.model}"):
-        return load(
-            options.model,
-            device=options.device,
-            dtype=options.dtype,
-            device_map=options.device_map,
-            trust_remote_code=options.trust_remote_code,
-            slots=options.slots,
-            capacity=options.capacity,
-        )
-
-
-def _server(options: argparse.Namespace) -> Backend:
-    from decoding.backends.openai import OpenAIBackend
-    from decoding.errors import InvalidRequest
-
-    for name in ("device", "dtype", "device_map", "trust_remote_code", "capacity"):
-        if getattr(options, name):
-            raise InvalidRequest(f"--{name.replace('_', '-')} is about a local model; leave it out with --base-url.")
-    key = None
-    if options.api_key_env is not None and (key := os.environ.get(options.api_key_env)) is None:
-        raise InvalidRequest("the environment variable that --api-key-env names is not set; export it first.")
-    return OpenAIBackend(options.base_url, options.model, key, concurrency=options.slots)
+        return how.load(options.model)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -221,34 +213,33 @@ def _generate(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from decoding.api import resolve
-    from decoding.compare import Comparison, execute
+    from decoding.comparison import Comparison, execute
+    from decoding.config import RunConfig, read_run_file
     from decoding.errors import InvalidRequest
     from decoding.progress import Live
-    from decoding.questions import load_questions
     from decoding.report import print_summary, read_run, summarize, write_report
 
-    if options.resume is not None and options.output is not None:
-        raise InvalidRequest("give either --output for a new run or --resume for one to go on with.")
-    console = Console(stderr=True)
-    comparison = Comparison(
-        questions=load_questions(options.questions, limit=options.limit, categories=options.categories),
-        strategies=[resolve(text) for text in options.strategies],
-        params=_params(options),
-        repeats=options.repeats,
-        streams=options.streams,
-    )
+    if options.resume is not None and (options.output is not None or options.config is not None):
+        raise InvalidRequest("--resume goes on with the run in DIR as it was; leave --output and --config out.")
+    if options.resume is not None:
+        options = options.again(RunConfig.of_header(read_run(options.resume).header.config).flat())
+    elif options.config is not None:
+        options = options.again(read_run_file(options.config).flat())
+    config = RunConfig.of_flat(vars(options))
+    comparison = Comparison.of(config)
     output = options.resume or options.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    lm = _load(options, console)
-    with Live(comparison, console) as live:
-        execute(
-            comparison,
-            lm,
-            output,
-            questions_from=str(options.questions),
-            resume=options.resume is not None,
-            progress=live.update,
-        )
+    console = Console(stderr=True)
+    with console.status(f"loading {config.model}"):
+        lm = config.load.load(config.model)
+    try:
+        with Live(comparison, console) as live:
+            resume = options.resume is not None
+            notices = execute(comparison, lm, output, config=config, resume=resume, progress=live.update)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with: decoding compare --resume {output}", file=sys.stderr)
+        return 130
+    for notice in notices:
+        print(notice, file=sys.stderr)
     run = read_run(output)
     print_summary(summarize(run))
     print(f"records: {output / 'records.jsonl'}\nreport:  {write_report(run, output)}")
@@ -256,14 +247,22 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from decoding.report import compare_runs, print_comparison, print_summary, read_run, summarize, write_report
+    from decoding import report
 
-    run = read_run(options.directory)
+    run = report.read_run(options.directory)
     if options.other is not None:
-        print_comparison(compare_runs(run, read_run(options.other)))
+        comparison = report.compare_runs(run, report.read_run(options.other))
+        report.print_comparison(comparison)
+        for path in options.export:
+            report.export_comparison(comparison, path)
+        page = options.other if options.other.is_dir() else options.other.parent
+        print(f"report: {report.write_comparison(comparison, page / f'against-{run.name}.html')}")
         return 0
-    print_summary(summarize(run))
-    print(f"report: {write_report(run, options.directory)}")
+    summary = report.summarize(run)
+    report.print_summary(summary)
+    for path in options.export:
+        report.export(run, path, summary=summary)
+    print(f"report: {report.write_report(run, options.directory, summary=summary)}")
     return 0
 
 

@@ -7,7 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from decoding.compare import Comparison
+from decoding.comparison import Comparison
 from decoding.questions import Question
 from decoding.report import AnswerRecord
 from decoding.strategies import Strategy
@@ -26,7 +26,7 @@ class Live:
             TimeRemainingColumn(),
             console=console,
         )
-        answers = len(comparison.questions) * comparison.repeats
+        answers = len(comparison.questions) * comparison.schedule.repeats
         self._all = self._progress.add_task("all answers", total=answers * len(comparison.strategies), note="")
         self._rows = {
             str(strategy): self._progress.add_task(str(strategy), total=answers, note="", start=False)
@@ -36,7 +36,7 @@ class Live:
         self._seconds = dict.fromkeys(self._rows, 0.0)
 
     def update(self, question: Question | None, strategy: Strategy, record: AnswerRecord | None) -> None:
-        """See `decoding.compare.Progress`."""
+        """See `decoding.comparison.Progress`."""
         name = str(strategy)
         row = self._rows[name]
         if question is None:

@@ -65,6 +65,10 @@ class Question:
     check: Check | None = None
     list_type: bool | None = None
 
+    def __post_init__(self) -> None:
+        if not self.turns:
+            raise InvalidRequest(f"question {self.id!r} has no turns; it needs at least one.")
+
     def references(self, turn: int = 0) -> tuple[str, ...]:
         """The known good answers to one turn; empty if there are none."""
         if len(self.turns) == 1:

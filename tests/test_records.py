@@ -15,7 +15,7 @@ import pytest
 
 from decoding.errors import RecordError
 from decoding.report.environment import environment
-from decoding.report.records import AnswerRecord, RunHeader, config_hash, trace_from_json
+from decoding.report.records import SCHEMA, AnswerRecord, RunHeader, config_hash, trace_from_json
 from decoding.report.redaction import MASK, Json, mask, mask_text
 from decoding.report.runfile import FILE, RecordWriter, Run, read_run
 from decoding.trace import Metrics, Step, measure
@@ -52,7 +52,7 @@ def test_a_run_reads_back_as_it_was_written(tmp_path: Path, run: Run) -> None:
     found = read_run(tmp_path / "deep" / "run")
     assert found.records == run.records
     assert found.header.config == CONFIG
-    assert found.header.schema == 1
+    assert found.header.schema == SCHEMA
     assert found.notices == ()
     assert found.name == "run"
     assert found.strategies[0] == "autoregressive"
@@ -242,11 +242,11 @@ def test_a_closed_writer_says_so(tmp_path: Path, run: Run) -> None:
 
 def test_a_newer_schema_is_neither_read_nor_continued(tmp_path: Path, run: Run) -> None:
     path = write(tmp_path, run.records)
-    path.write_bytes(path.read_bytes().replace(b'"schema":1', b'"schema":2', 1))
+    path.write_bytes(path.read_bytes().replace(b'"schema":2', b'"schema":3', 1))
     before = path.read_bytes()
-    with pytest.raises(RecordError, match=r"schema 2.*up to 1"):
+    with pytest.raises(RecordError, match=r"schema 3.*up to 2"):
         read_run(tmp_path)
-    with pytest.raises(RecordError, match="schema 2"):
+    with pytest.raises(RecordError, match="schema 3"):
         RecordWriter(tmp_path, header(), resume=True)
     assert path.read_bytes() == before
 

@@ -1,10 +1,12 @@
-"""What a run leaves behind: one header, then one line per answer (JSONL, schema 1).
+"""What a run leaves behind: one header, then one line per answer (JSONL, schema 2).
 
-    {"kind": "header", "schema": 1, "created": ..., "config": {...}, "config_hash": ..., "environment": {...}, ...}
+    {"kind": "header", "schema": 2, "created": ..., "config": {...}, "config_hash": ..., "environment": {...}, ...}
     {"kind": "answer", "question_id": ..., "strategy": ..., "repeat": ..., "text": ..., "trace": {...}, ...}
+    {"kind": "resumed", "at": ..., "answers": ..., "environment": {...}}
 
 Every report is made from these lines alone. Reading ignores fields it does not know, so a field may be added
-under the same schema number; a change of meaning needs a new number. Files are in `decoding.report.runfile`.
+under the same schema number; a change of meaning, or a new kind of line, needs a new number. Files are in
+`decoding.report.runfile`.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ from decoding.report.redaction import Json, mask, mask_text
 from decoding.trace import Metrics, Step
 from decoding.types import FinishReason, Generation
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the record format written by this code."""
 
 BASELINE = "autoregressive"
 """Text form of plain decoding, against which every other strategy is compared."""
 
 Key = tuple[int | str, str, int]
-"""(question_id, strategy, repeat): unique within a run."""
+"""(question_id, strategy, repeat): unique within a run.
+
+A turn of a conversation has no key of its own. It cannot be made again without the answers before it, and turns of one
+question are not independent evidence; so the whole conversation is one answer, whose `turns` keep its parts apart.
+"""
 
 TIME_DIGITS = 7
 """Times are stored to 0.1 µs: below what a clock resolves, and a third of the bytes."""
@@ -66,8 +72,7 @@ class RunHeader:
         """The header of a run that starts now."""
         masked = mask(config)
         assert isinstance(masked, dict)
-        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(masked, config_hash(config), environment, created, tuple((int(n), float(s)) for n, s in latency))
+        return cls(masked, config_hash(config), environment, _now(), tuple((int(n), float(s)) for n, s in latency))
 
     def to_json(self) -> dict[str, Json]:
         return {
@@ -97,6 +102,32 @@ class RunHeader:
             latency=tuple((int(n), float(s)) for n, s in get(data, "latency", list, [])),
             schema=schema,
         )
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A run went on after an interruption: when (UTC, ISO 8601), after how many answers, and where."""
+
+    at: str
+    answers: int
+    environment: Environment
+
+    @classmethod
+    def now(cls, answers: int, environment: Environment) -> Resumption:
+        return cls(_now(), answers, environment)
+
+    def to_json(self) -> dict[str, Json]:
+        environment = dataclasses.asdict(self.environment)
+        return {"kind": "resumed", "at": self.at, "answers": self.answers, "environment": environment}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Resumption:
+        environment = get_dataclass(Environment, get(data, "environment", dict))
+        return cls(get(data, "at", str), get(data, "answers", int), environment)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -140,13 +171,15 @@ class PartRecord:
 class AnswerRecord:
     """One answer of one strategy to one question.
 
-    question: the text of the turns so far. strategy: its text form. repeat: 0 for the first time.
+    question: the text of all turns. strategy: its text form. repeat: 0 for the first time.
+    turns: the answer to each turn; `text` and `tokens` are those of all turns together. seed: the request's own.
     text, tokens, finish_reason, error, metrics, trace, parts: see `decoding.types.Generation`.
     pieces: the text of every token, for display; empty if unknown.
     lossless: the strategy promises plain decoding's tokens under this run's sampling parameters.
     peak_memory: bytes, at most in use while this answer was made; None if not measured.
     quality: measure → score from 0 (useless) to 1 (perfect).
-    started: seconds since the run began. order: position in the run, from 0.
+    started: seconds since the run was created, on the wall clock, so that a pause before a resumption shows.
+    order: position in the run, from 0.
     """
 
     question_id: int | str
@@ -167,6 +200,8 @@ class AnswerRecord:
     quality: Mapping[str, float] = field(default_factory=dict)
     started: float = 0.0
     order: int = 0
+    turns: Sequence[str] = ()
+    seed: int = 0
 
     @property
     def key(self) -> Key:
@@ -193,6 +228,8 @@ class AnswerRecord:
         quality: Mapping[str, float] | None = None,
         started: float = 0.0,
         order: int = 0,
+        turns: Sequence[str] = (),
+        seed: int = 0,
     ) -> AnswerRecord:
         """The record of a generation; `pieces` gives the text of every token id of a list, for display."""
 
@@ -228,6 +265,8 @@ class AnswerRecord:
             quality=dict(quality or {}),
             started=started,
             order=order,
+            turns=list(turns),
+            seed=seed,
         )
 
     def to_json(self) -> dict[str, Json]:
@@ -251,6 +290,8 @@ class AnswerRecord:
             "quality": dict(self.quality),
             "started": round(self.started, TIME_DIGITS),
             "order": self.order,
+            "turns": list(self.turns),
+            "seed": self.seed,
         }
 
     @classmethod
@@ -276,10 +317,12 @@ class AnswerRecord:
             quality={name: float(get(quality, name, (int, float))) for name in quality},
             started=float(get(data, "started", (int, float), 0.0)),
             order=get(data, "order", int, 0),
+            turns=get_list(data, "turns", str, []),
+            seed=get(data, "seed", int, 0),
         )
 
 
-_STEP_FIELDS = dataclasses.fields(Step)
+_STEP_FIELDS = [field for field in dataclasses.fields(Step) if field.name != "frame"]
 
 
 def trace_to_json(trace: Sequence[Step]) -> dict[str, Json]:

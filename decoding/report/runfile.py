@@ -14,10 +14,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from decoding.errors import RecordError
-from decoding.report.records import BASELINE, SCHEMA, AnswerRecord, Key, RunHeader
+from decoding.report.records import BASELINE, SCHEMA, AnswerRecord, Key, Resumption, RunHeader
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+
+    from decoding.report.frames import Rows
 
 try:
     import fcntl
@@ -32,19 +38,45 @@ FILE = "records.jsonl"
 class Run:
     """A run read back: its header and its answers in the order they were made.
 
-    notices: what was wrong with the file but could be mended, one sentence each.
+    notices: what was wrong with the file but could be mended, one sentence each. resumed: when it went on after an
+    interruption.
     """
 
     header: RunHeader
     records: tuple[AnswerRecord, ...]
     name: str = ""
     notices: tuple[str, ...] = field(default=())
+    resumed: tuple[Resumption, ...] = field(default=())
 
     @property
     def strategies(self) -> tuple[str, ...]:
         """Every strategy in order of appearance, plain decoding first."""
         names = dict.fromkeys(record.strategy for record in self.records)
         return tuple(sorted(names, key=lambda name: name != BASELINE))
+
+    def __iter__(self) -> Iterator[AnswerRecord]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def to_pandas(self, rows: Rows = "answers") -> pandas.DataFrame:
+        """A pandas data frame of answers, or of the steps in which they were made (see `decoding.report.frames`)."""
+        from decoding.report.frames import to_pandas
+
+        return to_pandas(self, rows)
+
+    def to_polars(self, rows: Rows = "answers") -> polars.DataFrame:
+        """A Polars data frame of answers, or of the steps in which they were made."""
+        from decoding.report.frames import to_polars
+
+        return to_polars(self, rows)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table, and what to know before believing it."""
+        from decoding.report.frames import to_html
+
+        return to_html(self)
 
 
 def read_run(directory: str | os.PathLike[str]) -> Run:
@@ -58,7 +90,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     contents = _read(path)
     if contents.header is None:
         raise RecordError(f"{path} holds no complete header, so the run never started; start it again.")
-    return Run(contents.header, tuple(contents.records), path.parent.name, contents.notices)
+    return Run(contents.header, tuple(contents.records), path.parent.name, contents.notices, contents.resumed)
 
 
 class RecordWriter:
@@ -141,19 +173,22 @@ class RecordWriter:
             _sync_directory(self.path.parent)
             return
         if found.header.config_hash != self.header.config_hash:
+            ours, theirs = self.header.config, found.header.config
+            changed = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
             raise RecordError(
-                f"{self.path} was made with another configuration ({found.header.config_hash}, not "
-                f"{self.header.config_hash}); resume with that one, or choose another output directory."
+                f"{self.path} was made with another configuration (different: {', '.join(changed)}); resume with that "
+                "one, or choose another output directory."
             )
         if found.header.schema != SCHEMA:
             raise RecordError(
                 f"{self.path} follows schema {found.header.schema}, but this version writes {SCHEMA}; "
                 "choose another output directory."
             )
-        self.header = found.header
+        environment, self.header = self.header.environment, found.header
         self._done = {record.key: record for record in found.records}
         if found.unfinished_line:
             self._write(b"\n")
+        self._write_line(Resumption.now(len(self._done), environment).to_json())
 
     def _write_line(self, data: Mapping[str, Any]) -> None:
         if self._file < 0:
@@ -187,11 +222,13 @@ class _Contents:
     sound_bytes: int
     unfinished_line: bool
     notices: tuple[str, ...]
+    resumed: tuple[Resumption, ...] = ()
 
 
 def _read(path: Path) -> _Contents:
     header: RunHeader | None = None
     records: dict[Key, AnswerRecord] = {}
+    resumed: list[Resumption] = []
     sound = 0
     with _explained(path, "read"), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -206,12 +243,15 @@ def _read(path: Path) -> _Contents:
                         "remove that line to use the other records."
                     ) from None
                 notice = f"{path}, line {number}: cut off in the middle, so it was dropped; that answer is made again."
-                return _Contents(header, list(records.values()), sound, False, (notice,))
+                return _Contents(header, list(records.values()), sound, False, (notice,), tuple(resumed))
             try:
-                if not isinstance(data, dict) or data.get("kind") != ("answer" if header else "header"):
+                kind = data.get("kind") if isinstance(data, dict) else None
+                if kind not in (("answer", "resumed") if header else ("header",)):
                     raise RecordError("not a header followed by answers.")
                 if header is None:
                     header = RunHeader.from_json(data)
+                elif kind == "resumed":
+                    resumed.append(Resumption.from_json(data))
                 else:
                     record = AnswerRecord.from_json(data)
                     if record.key in records:
@@ -220,7 +260,8 @@ def _read(path: Path) -> _Contents:
             except RecordError as error:
                 raise RecordError(f"{path}, line {number}: {error}") from None
             sound += len(line)
-    return _Contents(header, list(records.values()), sound, bool(line) and not line.endswith(b"\n"), ())
+    unfinished = bool(line) and not line.endswith(b"\n")
+    return _Contents(header, list(records.values()), sound, unfinished, (), tuple(resumed))
 
 
 def _encode(data: Mapping[str, Any]) -> bytes:
@@ -230,6 +271,17 @@ def _encode(data: Mapping[str, Any]) -> bytes:
         return (json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")) + "\n").encode()
     except ValueError as error:
         raise RecordError(f"the answer {data.get('question_id')!r} holds a number that is not finite.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that lies beside the records, whole or not at all. Raises RecordError if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RecordError(f"{path} could not be written ({_reason(error)}).") from error
 
 
 @contextmanager
