@@ -32,11 +32,18 @@ class Draft:
 
     block: the tokens, as a chain or a tree.
     probabilities: [guesses, vocab] the distribution each was sampled from, temperature and filters
-        applied; None if the guesses were not sampled (n-grams, most likely tokens).
+        applied ([1 + guesses, vocab] for a tree, see `confirm`); None if the guesses were not sampled
+        (n-grams, most likely tokens). What was sampled is verified whole: withholding a guess because of
+        what it is would change the output's distribution.
+    confidence: [guesses] how likely each is right if its parent is, in [0, 1]; None if the drafter cannot
+        say. Used to choose how many to verify; what comes true corrects it.
+    sources: [guesses] who guessed each, where several drafters did.
     """
 
     block: Block = Block()
     probabilities: torch.Tensor | None = None
+    confidence: List[float] | None = None
+    sources: List[str] | None = None
 
 
 class Drafter(TextForm, ABC):
@@ -60,6 +67,11 @@ class Drafter(TextForm, ABC):
     @abstractmethod
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
         """Guess up to `lengths[i]` tokens behind `sequences[i].tokens`; an empty draft decodes plainly."""
+
+    def cost(self, levels: int, sequences: int, context: float) -> float:
+        """Seconds that guessing takes, for so many levels, sequences and committed tokens in each; 0 if next to
+        nothing. Where it is not, the length of a draft is decided before it is made."""
+        return 0.0
 
     def observe(self, sequences: List[Sequence], output: Output, commits: List[Commit]) -> None:
         """Learn from a verification: what was guessed, what the target said, what was kept."""

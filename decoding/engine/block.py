@@ -18,11 +18,13 @@ class Block:
         chain, in which every guess follows the one before it. A guess sees the committed tokens, its
         ancestors and itself; its position is its depth below the last committed token.
     bidirectional: every guess sees every other one instead, at positions in order (masked refinement).
+    suffix: how many entries right behind the block, left in the cache by an earlier pass, its tokens see as well.
     """
 
     tokens: Sequence[int] = ()
     parents: Sequence[int] | None = None
     bidirectional: bool = False
+    suffix: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -41,11 +43,28 @@ class Block:
                 raise ValueError(f"node {node} of a tree block names parent {parent}, which does not come before it.")
 
 
+def settled(length: int, span: int) -> int:
+    """Of `length` committed tokens, how many have cache entries that no later token changes.
+
+    span: how far attention looks ahead, see `Decoder.span`. The last token is left out, even if its entry could
+    stay: it is run again in every step, for its logits.
+    """
+    return min(length // span * span, length - 1) if span else 0
+
+
 @lru_cache(maxsize=4096)
-def layout(count: int, pending: int, parents: tuple[int, ...] | None, bidirectional: bool) -> Layout:
-    """Depths and visibility of `pending` committed tokens followed by `count` guesses."""
+def layout(
+    count: int, pending: int, parents: tuple[int, ...] | None, bidirectional: bool, span: int = 1, base: int = 0
+) -> Layout:
+    """Depths and visibility of `pending` committed tokens followed by `count` guesses.
+
+    span: see `Decoder.span`. base: position of the first of them, modulo `span`.
+    """
     total = pending + count
     depth = np.arange(total)
+    if span != 1:
+        stretch = (base + depth) // span if span else np.zeros(total, dtype=np.int64)
+        return Layout(depth, stretch[:, None] >= stretch)
     if parents is None and not bidirectional:
         return Layout(depth, None)
     visible = np.tril(np.ones((total, total), dtype=bool))
@@ -77,9 +96,22 @@ class Layout:
 class Commit:
     """What a forward pass confirmed for one sequence.
 
-    tokens: new tokens in order; all but the last (the bonus token) are guesses that were accepted.
+    tokens: new tokens in order; all but the last (the bonus token) are guesses that were accepted. In masked
+        refinement: none while the block is being refined, then the finished block.
     path: indices of the accepted guesses in the block; None if they are its first `len(tokens) - 1`.
+    written, revised: places of the block that got a token, and that lost or changed theirs (masked refinement).
+    reuse: masked refinement: how many committed tokens' cache entries the next pass takes as they are, even if they
+        would come out differently (an approximation); None for those that are final, see `settled`.
+    logprobs: of `tokens`, natural log; None if the block's logits tell them as those of a chain.
+    expected: how many tokens were expected, bonus token included; 0 if nobody estimated.
+    sources: who made each guess of the block, where several drafters did.
     """
 
     tokens: Sequence[int]
     path: Sequence[int] | None = None
+    expected: float = 0.0
+    sources: Sequence[str] = ()
+    written: int = 0
+    revised: int = 0
+    reuse: int | None = None
+    logprobs: Sequence[float] | None = None

@@ -1,21 +1,22 @@
 """Speculative decoding: a drafter guesses cheaply, the model checks all guesses in one pass.
 
 Leviathan et al. 2023; Chen et al. 2023. Greedy requests get plain decoding's tokens, sampled ones its
-distribution (rejection sampling).
+distribution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from decoding import drafting
 from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block, Commit
-from decoding.engine.confirm import confirm
+from decoding.engine.confirm import LOSSY, VERIFICATIONS, confirm
 from decoding.engine.decoder import Decoder
-from decoding.errors import InvalidRequest
+from decoding.engine.width import Width
+from decoding.errors import InvalidRequest, UnknownName
 from decoding.strategies.base import TokenStrategy
 
 if TYPE_CHECKING:
@@ -23,65 +24,109 @@ if TYPE_CHECKING:
     from decoding.engine.output import Output
     from decoding.engine.sequence import Sequence
 
+_UNMEASURED_LENGTH = 5  # guesses per step where nothing is known of what a step costs
+
 
 @dataclass(frozen=True)
 class Speculative(TokenStrategy):
     """drafter: a name such as "prompt-lookup", with options if need be, or a `Drafter` object.
 
-    draft_length: guesses per step and sequence at most.
+    draft_length: guesses in a row per step and sequence at most; None chooses what is drafted and verified in every
+    step, none at all included, from what came true so far and the measured cost of a step.
+    verification: how the guesses of sampled requests are verified, one of `VERIFICATIONS`; "typical" changes the
+    distribution of what is sampled.
     """
 
     drafter: str | Drafter = "prompt-lookup"
-    draft_length: int = 5
+    draft_length: int | None = None
+    verification: str = "block"
 
     name: ClassVar[str] = "speculative"
     summary: ClassVar[str] = "a drafter guesses, the model verifies; lossless"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.draft_length, int) or self.draft_length < 1:
-            raise InvalidRequest(f"draft_length must be an integer of at least 1, not {self.draft_length!r}.")
+        length = self.draft_length
+        if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+            raise InvalidRequest(
+                f"draft_length must be an integer of at least 1, or None to choose it by measurement, not {length!r}."
+            )
+        if self.verification not in VERIFICATIONS:
+            raise UnknownName("verification", str(self.verification), VERIFICATIONS)
         if isinstance(self.drafter, str):
             drafting.find(self.drafter)  # a wrong name fails here, before anything runs
 
     @property
     def lossless(self) -> bool:
-        return True
+        return self.verification not in LOSSY
 
     def decoder(self, backend: LocalBackend) -> Decoder:
         drafter = drafting.find(self.drafter) if isinstance(self.drafter, str) else self.drafter
         drafter.attach(backend)
-        return SpeculativeDecoder(drafter, self.draft_length)
+        latency = getattr(backend, "latency", None) if self.draft_length is None else None
+        length = self.draft_length or _UNMEASURED_LENGTH
+        return SpeculativeDecoder(drafter, length if latency is None else Width(latency), self.verification)
 
 
 class SpeculativeDecoder(Decoder):
-    """Asks the drafter for guesses and confirms them."""
+    """Asks the drafter for guesses and confirms them.
 
-    def __init__(self, drafter: Drafter, draft_length: int) -> None:
+    width: how many guesses in a row at most, or what chooses it. verification: see `confirm`.
+    """
+
+    def __init__(self, drafter: Drafter, width: int | Width, verification: str = "block") -> None:
         self.drafter = drafter
-        self.draft_length = draft_length
-        self._drafts: dict[int, Draft] = {}
+        self.width = width
+        self.verification = verification
+        self._drafts: dict[int, tuple[Draft, float]] = {}  # and the tokens expected of it
 
     @property
     def name(self) -> str:
         return self.drafter.name
 
     def plan(self, sequences: List[Sequence]) -> list[Block]:
-        lengths = [min(self.draft_length, sequence.room) for sequence in sequences]
-        drafts = self.drafter.propose(sequences, lengths)
-        self._drafts.update((s.id, draft) for s, draft in zip(sequences, drafts, strict=True))
+        if isinstance(self.width, Width):
+            drafts = self._propose(sequences, self.width.lengths(self.drafter, sequences))
+            drafts, expected = self.width.trim(sequences, drafts)
+        else:
+            drafts = self._propose(sequences, [max(0, min(self.width, sequence.room)) for sequence in sequences])
+            expected = [0.0] * len(drafts)
+        for sequence, draft, tokens in zip(sequences, drafts, expected, strict=True):
+            self._drafts[sequence.id] = draft, tokens
         return [draft.block for draft in drafts]
+
+    def _propose(self, sequences: List[Sequence], lengths: list[int]) -> list[Draft]:
+        drafts = self.drafter.propose(sequences, lengths) if any(lengths) else [Draft() for _ in sequences]
+        for draft in drafts:
+            for what, values in (("confidence", draft.confidence), ("sources", draft.sources)):
+                if values is not None and len(values) != len(draft.block):
+                    raise ValueError(
+                        f"the drafter {self.drafter.name} gave {len(values)} entries of {what} for "
+                        f"{len(draft.block)} guesses; give one for each."
+                    )
+        return drafts
 
     def commit(self, sequences: List[Sequence], output: Output) -> list[Commit]:
         # A sequence without guesses in the output (its prompt has just been read, or the engine had no
         # room for them) was not verified against its draft.
-        drafts = [self._drafts.pop(s.id, Draft()) for s in sequences]
-        commits = confirm(output, [d.probabilities if b else None for d, b in zip(drafts, output.blocks, strict=True)])
+        pairs = [self._drafts.pop(s.id, (Draft(), 0.0)) for s in sequences]
+        drafts = [draft if block else Draft() for (draft, _), block in zip(pairs, output.blocks, strict=True)]
+        commits = confirm(output, [draft.probabilities for draft in drafts], self.verification)
         self.drafter.observe(sequences, output, commits)
-        return commits
+        if isinstance(self.width, Width):
+            for sequence, commit in zip(sequences, commits, strict=True):
+                self.width.learn(sequence, commit.tokens)
+        return [
+            replace(commit, expected=expected, sources=draft.sources or ())
+            for commit, draft, (_, expected) in zip(commits, drafts, pairs, strict=True)
+        ]
 
     def unlearn(self) -> None:
         self.drafter.unlearn()
+        if isinstance(self.width, Width):
+            self.width.unlearn()
 
     def forget(self, sequence: Sequence) -> None:
         self._drafts.pop(sequence.id, None)
         self.drafter.forget(sequence)
+        if isinstance(self.width, Width):
+            self.width.forget(sequence)

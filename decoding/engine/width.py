@@ -1,0 +1,314 @@
+"""How many guesses to verify: as many as raise the expected tokens per second.
+
+A guess is worth a place in the step if the chance that it and all guesses above it are right (its survival) pays
+for what the place costs. So two things are learnt or measured: how often guesses come true (`Calibration`), and
+what a step over so many tokens takes (a latency model). `admit` weighs them for all sequences of a step at once:
+survivals are sorted, and as many are admitted as make expected tokens ÷ seconds largest; none, if none pays.
+
+Losslessness. Guesses that were not sampled may be withheld for any reason, see `confirm`. Those that were sampled
+must not be withheld for what they turned out to be: `Width.lengths` decides on them before they are drawn, from
+what earlier steps taught, and `Width.trim` leaves them alone.
+
+Nothing here looks at a clock: the same requests get the same widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from decoding.engine.block import Block
+
+if TYPE_CHECKING:
+    from decoding.drafting import Draft, Drafter
+    from decoding.engine.sequence import Sequence
+
+MOST_LEVELS = 24
+"""Guesses in a row that are asked of a drafter at most."""
+
+_GAIN = 1.02  # speculation must promise at least this many times plain decoding's tokens per second
+_BUCKETS = 12  # of confidence
+_DEPTHS = 3  # levels that are told apart where the drafter gives confidences, the last standing for all deeper ones
+_LEVELS = 8  # likewise where it does not
+_UNKNOWN = 0.6  # the first guess at the chance of a guess about which nobody says anything
+_OWN_WEIGHT, _SHARED_WEIGHT = 6.0, 4.0  # of what is known in general, in trials, against what was seen
+_MEMORY = 0.97  # what a sequence saw counts this much less with every further trial
+_PROBES = (8, 64)  # steps without a draft until one is made to see whether it would pay now: at first, at most
+_PROBE_LENGTH = 2
+
+
+class LatencyModel(Protocol):
+    """What a step costs. `backend.latency` is one."""
+
+    def cost(self, tokens: Any, sequences: Any, context: Any) -> Any:
+        """Seconds of a step over `tokens` tokens of `sequences` sequences that have `context` tokens each behind
+        them; arrays broadcast."""
+
+
+class Rates:
+    """How often trials of each kind succeed: of one sequence, held against what was seen in all of them."""
+
+    def __init__(self, kinds: int) -> None:
+        self._shared = [[0.0, 0.0] for _ in range(kinds)]  # hits, trials
+        self._own: dict[int, dict[int, list[float]]] = {}
+
+    def chance(self, sequence: int, kind: int, prior: float) -> float:
+        """The estimated rate; `prior` is believed as long as little was seen."""
+        hits, trials = self._shared[kind]
+        rate = (hits + _SHARED_WEIGHT * prior) / (trials + _SHARED_WEIGHT)
+        own = self._own.get(sequence)
+        if own is None or kind not in own:
+            return rate
+        hits, trials = own[kind]
+        return (hits + _OWN_WEIGHT * rate) / (trials + _OWN_WEIGHT)
+
+    def learn(self, sequence: int, kind: int, success: bool) -> None:
+        """Count a trial."""
+        shared = self._shared[kind]
+        if shared[1] >= 400:  # half of it is forgotten, so that what is new goes on counting
+            shared[0], shared[1] = shared[0] / 2, shared[1] / 2
+        shared[0] += success
+        shared[1] += 1
+        own = self._own.setdefault(sequence, {}).setdefault(kind, [0.0, 0.0])
+        own[0] = own[0] * _MEMORY + success
+        own[1] = own[1] * _MEMORY + 1
+
+    def forget(self, sequence: int) -> None:
+        """The sequence has ended; what it taught about all stays."""
+        self._own.pop(sequence, None)
+
+
+@dataclass
+class _Watched:
+    """A draft whose guesses are held against the text as it comes, verified or not.
+
+    children: of each node (-1: the root), the nodes below it. at: the node that the text has reached.
+    """
+
+    tokens: List[int]
+    confidence: List[float] | None
+    children: dict[int, list[int]]
+    at: int = -1
+    depth: int = 0
+
+
+class Calibration:
+    """What confidences are worth: how often guesses of each kind turned out to be the text's next token.
+
+    Every draft is kept until the text has left it, and all of its guesses are judged by the text itself. So a
+    guess that was withheld teaches as much as one that was verified, and plain decoding is enough to notice
+    that speculation would pay again.
+    """
+
+    def __init__(self) -> None:
+        self.unlearn()
+
+    def unlearn(self) -> None:
+        """Start afresh."""
+        self._guesses = Rates(_DEPTHS * _BUCKETS + _LEVELS)
+        self._levels = Rates(_LEVELS)
+        self._watched: dict[int, list[_Watched]] = {}
+
+    def survival(self, sequence: int, draft: Draft) -> list[float]:
+        """[guesses] the chance that each guess and all above it are right; never above its parent's."""
+        parents = draft.block.parents
+        survival: list[float] = []
+        depth: list[int] = []
+        for node in range(len(draft.block)):
+            parent = node - 1 if parents is None else parents[node]
+            depth.append(1 if parent < 0 else depth[parent] + 1)
+            confidence = None if draft.confidence is None else draft.confidence[node]
+            chance = self._guesses.chance(
+                sequence, _kind(depth[node], confidence), _UNKNOWN if confidence is None else confidence
+            )
+            survival.append(chance if parent < 0 else chance * survival[parent])
+        return survival
+
+    def levels(self, sequence: int, count: int) -> list[float]:
+        """[count] the chance that a draft's first, first two, … levels hold the text, before there is a draft."""
+        survival, product = [], 1.0
+        for level in range(1, count + 1):
+            product *= self._levels.chance(sequence, min(level, _LEVELS) - 1, _UNKNOWN)
+            survival.append(product)
+        return survival
+
+    def watch(self, sequence: int, draft: Draft) -> None:
+        """Judge a draft's guesses when the text behind them is known."""
+        if not draft.block:
+            return
+        children: dict[int, list[int]] = {}
+        parents = draft.block.parents
+        for node in range(len(draft.block)):
+            children.setdefault(node - 1 if parents is None else parents[node], []).append(node)
+        self._watched.setdefault(sequence, []).append(_Watched(draft.block.tokens, draft.confidence, children))
+
+    def learn(self, sequence: int, tokens: List[int]) -> None:
+        """The text goes on with `tokens`."""
+        left = []
+        for draft in self._watched.get(sequence, ()):
+            for token in tokens:
+                guesses = draft.children.get(draft.at, ())
+                draft.depth += 1
+                draft.at = -2  # no node: the text has left the draft
+                for node in guesses:
+                    right = draft.at == -2 and draft.tokens[node] == token
+                    confidence = None if draft.confidence is None else draft.confidence[node]
+                    self._guesses.learn(sequence, _kind(draft.depth, confidence), right)
+                    if right:
+                        draft.at = node
+                if guesses:
+                    self._levels.learn(sequence, min(draft.depth, _LEVELS) - 1, draft.at != -2)
+                if draft.at == -2:
+                    break
+            if draft.at in draft.children:
+                left.append(draft)
+        self._watched[sequence] = left
+
+    def forget(self, sequence: int) -> None:
+        """The sequence has ended."""
+        self._watched.pop(sequence, None)
+        self._guesses.forget(sequence)
+        self._levels.forget(sequence)
+
+
+def _kind(depth: int, confidence: float | None) -> int:
+    if confidence is None:
+        return _DEPTHS * _BUCKETS + min(depth, _LEVELS) - 1
+    return (min(depth, _DEPTHS) - 1) * _BUCKETS + min(int(confidence * _BUCKETS), _BUCKETS - 1)
+
+
+def admit(
+    survival: List[List[float]], latency: LatencyModel, context: float, *, sure: float = 0.0, spent: int = 0
+) -> list[list[int]]:
+    """The guesses worth verifying: per sequence the indices admitted, in order.
+
+    survival: per sequence and guess the chance that it will be committed, a parent's never below its child's, so
+    that what is admitted is always a tree. context: committed tokens per sequence. sure, spent: guesses that are in
+    the step anyway: tokens expected of them, and how many they are.
+    """
+    flat = [(-chance, i, node) for i, chances in enumerate(survival) for node, chance in enumerate(chances)]
+    flat.sort()  # ties: parents come before their children
+    count = len(survival)
+    tokens = count + sure + np.concatenate([[0.0], np.cumsum([-entry[0] for entry in flat])])
+    seconds = np.asarray(latency.cost(count + spent + np.arange(len(flat) + 1), count, context), dtype=float)
+    rate = tokens / seconds
+    best = int(rate.argmax())
+    admitted: list[list[int]] = [[] for _ in survival]
+    if rate[best] >= _GAIN * rate[0]:
+        for _, i, node in flat[:best]:
+            admitted[i].append(node)
+    return [sorted(nodes) for nodes in admitted]
+
+
+def lengths(
+    survival: List[List[float]], latency: LatencyModel, drafter: Drafter, context: float
+) -> tuple[list[int], float]:
+    """How far to draft where drafting itself takes time: per sequence the number of levels.
+
+    survival: per sequence and level the chance that the draft holds the text that far. Also returned is the expected
+    number of tokens per second, as a multiple of plain decoding's.
+    """
+    count = len(survival)
+    flat = sorted((-chance, level, i) for i, chances in enumerate(survival) for level, chance in enumerate(chances))
+    verify = np.asarray(latency.cost(count + np.arange(len(flat) + 1), count, context), dtype=float)
+    tokens, chosen, best, best_at = float(count), [0] * count, count / float(verify[0]), 0
+    plain = best
+    deepest, members = 0, set()
+    for at, (chance, level, i) in enumerate(flat, start=1):
+        tokens -= chance
+        deepest = max(deepest, level + 1)
+        members.add(i)
+        rate = tokens / (float(verify[at]) + drafter.cost(deepest, len(members), context))
+        if rate > best:
+            best, best_at = rate, at
+    if best >= _GAIN * plain:
+        for _, level, i in flat[:best_at]:
+            chosen[i] = max(chosen[i], level + 1)
+    return chosen, best / plain
+
+
+@dataclass
+class Width:
+    """Chooses, step by step, how much each sequence drafts and verifies; keeps what it takes to choose."""
+
+    latency: LatencyModel
+    calibration: Calibration = field(default_factory=Calibration)
+    _waits: dict[int, tuple[int, int]] = field(default_factory=dict)  # steps to the next probe, and the wait after it
+
+    def lengths(self, drafter: Drafter, sequences: List[Sequence]) -> list[int]:
+        """How many levels to ask of the drafter for each sequence."""
+        rooms = [max(0, min(MOST_LEVELS, sequence.room)) for sequence in sequences]
+        context = _context(sequences)
+        if drafter.cost(1, len(sequences), context) <= 0:
+            return rooms
+        survival = [self.calibration.levels(s.id, room) for s, room in zip(sequences, rooms, strict=True)]
+        chosen, _ = lengths(survival, self.latency, drafter, context)
+        return [self._probe(s.id, n, room) for s, n, room in zip(sequences, chosen, rooms, strict=True)]
+
+    def _probe(self, sequence: int, length: int, room: int) -> int:
+        """The length, or a short one now and then if there has been none for a while."""
+        left, wait = self._waits.get(sequence, (_PROBES[0], _PROBES[0]))
+        if length:
+            self._waits.pop(sequence, None)
+        elif left <= 1:
+            wait = min(2 * wait, _PROBES[1])
+            self._waits[sequence] = (wait, wait)
+            return min(_PROBE_LENGTH, room)
+        else:
+            self._waits[sequence] = (left - 1, wait)
+        return length
+
+    def trim(self, sequences: List[Sequence], drafts: List[Draft]) -> tuple[list[Draft], list[float]]:
+        """The drafts without the guesses that do not pay, and the tokens expected of each sequence's step."""
+        survival = [self.calibration.survival(s.id, draft) for s, draft in zip(sequences, drafts, strict=True)]
+        fixed = [draft.probabilities is not None for draft in drafts]
+        admitted = admit(
+            [[] if whole else chances for whole, chances in zip(fixed, survival, strict=True)],
+            self.latency,
+            _context(sequences),
+            sure=sum(sum(chances) for whole, chances in zip(fixed, survival, strict=True) if whole),
+            spent=sum(len(draft.block) for whole, draft in zip(fixed, drafts, strict=True) if whole),
+        )
+        kept, expected = [], []
+        for whole, sequence, draft, nodes, chances in zip(fixed, sequences, drafts, admitted, survival, strict=True):
+            self.calibration.watch(sequence.id, draft)
+            kept.append(draft if whole or len(nodes) == len(draft.block) else pruned(draft, nodes))
+            expected.append(1 + sum(chances if whole else (chances[node] for node in nodes)))
+        return kept, expected
+
+    def learn(self, sequence: Sequence, tokens: List[int]) -> None:
+        """The sequence gains `tokens`."""
+        self.calibration.learn(sequence.id, tokens)
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended."""
+        self.calibration.forget(sequence.id)
+        self._waits.pop(sequence.id, None)
+
+    def unlearn(self) -> None:
+        """Start afresh."""
+        self.calibration.unlearn()
+        self._waits.clear()
+
+
+def pruned(draft: Draft, nodes: List[int]) -> Draft:
+    """The part of an unsampled draft that has these nodes; with every node comes its parent."""
+    block = draft.block
+    tokens = [block.tokens[node] for node in nodes]
+    parents = None
+    if block.parents is not None:
+        place = {node: new for new, node in enumerate(nodes)} | {-1: -1}
+        parents = [place[block.parents[node]] for node in nodes]
+    return type(draft)(
+        Block(tokens, parents if tokens else None),
+        confidence=None if draft.confidence is None else [draft.confidence[node] for node in nodes],
+        sources=None if draft.sources is None else [draft.sources[node] for node in nodes],
+    )
+
+
+def _context(sequences: List[Sequence]) -> float:
+    """Committed tokens per sequence, on average."""
+    return sum(len(sequence.tokens) for sequence in sequences) / max(1, len(sequences))
