@@ -5,6 +5,8 @@
 >>> decoding.generate("Why do leaves change colour?", lm, strategy=decoding.Jacobi()).text
 """
 
+from typing import TYPE_CHECKING, Any
+
 from decoding.api import generate, load, resolve, stream
 from decoding.backends.base import Backend
 from decoding.backends.local import LocalBackend
@@ -33,6 +35,10 @@ from decoding.strategies import (
 from decoding.trace import Metrics, Step
 from decoding.types import Generation, SamplingParams
 
+if TYPE_CHECKING:
+    from decoding.comparison import compare
+    from decoding.report import read_run
+
 __all__ = [
     "Autoregressive",
     "Backend",
@@ -60,8 +66,23 @@ __all__ = [
     "Strategy",
     "TokenStrategy",
     "UnknownName",
+    "compare",
     "generate",
     "load",
+    "read_run",
     "resolve",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs the report's libraries is imported when it is first used."""
+    if name == "compare":
+        from decoding.comparison import compare
+
+        return compare
+    if name == "read_run":
+        from decoding.report import read_run
+
+        return read_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

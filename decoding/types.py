@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Any, Literal, TypedDict
 
 from decoding.errors import InvalidRequest
@@ -125,3 +126,15 @@ class Generation:
     logprobs: list[float] | None = None
     error: str | None = None
     parts: Mapping[str, Generation] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the answer, and one line about how it was made."""
+        metrics = self.metrics
+        facts = [f"{metrics.new_tokens} tokens", f"{metrics.seconds:.2f} s"]
+        if metrics.forwards:
+            facts += [f"{metrics.forwards} forwards", f"{metrics.tokens_per_forward:.2f} tokens per forward"]
+        facts.append(f"ended by {self.finish_reason}" + (f": {self.error}" if self.error else ""))
+        return (
+            f'<div style="white-space: pre-wrap; max-width: 50em">{escape(self.text)}</div>'
+            f'<small style="opacity: 0.7">{escape(" · ".join(facts))}</small>'
+        )
