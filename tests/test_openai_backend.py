@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import decoding
 from decoding import CapabilityError, InvalidRequest, OpenAIBackend, SamplingParams
 from decoding.backends import openai as backend_module
+from decoding.backends import prefix as prefix_module
 from decoding.cli import main
 from decoding.report import read_run, summarize
 from decoding.strategies import Autoregressive, SkeletonOfThought
@@ -25,6 +27,7 @@ from decoding.types import Message
 KEY = "sk-test-7f3a9d5e1b2c4860"
 TRANSIENT = ("429", "500", "slow", "cut", "early")
 LASTING = {
+    "endless": "far beyond max_new_tokens",
     "malformed": "malformed event",
     "empty": "no choices",
     "html": "text/html",
@@ -41,6 +44,8 @@ Script = Callable[[int, Mapping[str, Any]], str]
 
 def answer_to(body: Mapping[str, Any]) -> str:
     """What the model "says": plain questions are echoed, so that an answer in the wrong place shows."""
+    if "prompt" not in body and body["messages"][-1]["role"] == "assistant":
+        return "day, Thursday" if body.get("continue_final_message") else "Monday, Tuesday"
     asked = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
     if "give only its outline" in asked:
         return OUTLINE
@@ -64,6 +69,8 @@ class FaultServer(ThreadingHTTPServer):
         self.headers: list[str] = []
         self.retry_after = "0.3"
         self.thinking_seconds = 0.0
+        self.continues: bool | int = True  # or the status with which it refuses what it does not know
+        self.read: list[str] = []  # the beginnings of prompts that its cache holds
         self.under_way = self.most_under_way = 0
         self.lock = threading.Lock()
         self.stopping = threading.Event()
@@ -94,7 +101,12 @@ class Handler(BaseHTTPRequestHandler):
             server.headers.append(self.headers.get("Authorization", ""))
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
+        prompt = json.dumps(body.get("messages", body.get("prompt")))
+        with server.lock:
+            self.cached = 60 if any(prompt[:80] == read[:80] for read in server.read) else 0
         server.stopping.wait(server.thinking_seconds)
+        with server.lock:
+            server.read.append(prompt)
         try:
             self.answer(fault, body)
         finally:
@@ -109,8 +121,15 @@ class Handler(BaseHTTPRequestHandler):
             self.whole(200, "<html>Maintenance</html>", "text/html")
         elif fault == "json":
             self.whole(200, {"choices": []})
-        else:
+        elif body.get("stream"):
             self.stream(fault, body)
+        elif self.server.continues not in (True, False):
+            self.whole(self.server.continues, {"error": {"message": "unexpected field continue_final_message"}})
+        else:
+            if not self.server.continues:
+                del body["continue_final_message"]
+            choice = {"index": 0, "message": {"role": "assistant", "content": answer_to(body)}}
+            self.whole(200, {"choices": [choice], "usage": {"prompt_tokens": 30, "completion_tokens": 4}})
 
     def whole(self, status: int, body: object, kind: str = "application/json") -> None:
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
@@ -144,6 +163,9 @@ class Handler(BaseHTTPRequestHandler):
                     self.chunk("data: [DONE]\n\n")
                     self.chunk("")
                     return
+                elif fault == "endless":
+                    for _ in range(10_000):
+                        self.event({"choices": [{"index": 0, "delta": {"content": "x" * 1000}}]})
                 elif fault == "malformed":
                     self.chunk('data: {"choices": [{"del\n\n')
                 elif fault == "not-choices":
@@ -160,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
         usage = {
             "prompt_tokens": 100,
             "completion_tokens": 2 * len(pieces),
-            "prompt_tokens_details": {"cached_tokens": 60},
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
         if fault != "uncounted":
             self.event({"choices": [], "usage": usage})
@@ -181,6 +203,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(backend_module, "FIRST_DELAY", 0.02)
+    monkeypatch.setattr(prefix_module, "_known", {})  # another test's server may have had the same port
     with FaultServer() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
@@ -191,7 +214,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
 
 
 def backend(server: FaultServer, **options: Any) -> OpenAIBackend:
-    return OpenAIBackend(server.url, "tiny", KEY, **{"timeout": 0.5, "retries": 3, **options})
+    return OpenAIBackend(server.url, "tiny", KEY, **{"timeout": 0.5, "retries": 3, "prefill": False, **options})
 
 
 def fails_first(fault: str) -> Script:
@@ -199,6 +222,7 @@ def fails_first(fault: str) -> Script:
 
 
 def test_an_answer_with_its_usage_and_cost(server: FaultServer) -> None:
+    server.read.append(json.dumps([{"role": "user", "content": "What is a fjord?"}]))
     lm = backend(server, prompt_price=1.0, cached_price=0.5, completion_price=4.0)
     pieces: list[str] = []
     out = decoding.generate("What is a fjord?", lm, params=SamplingParams(seed=7), on_text=pieces.append)
@@ -309,6 +333,7 @@ def test_lasting_faults_are_errors_with_their_cause(server: FaultServer, fault: 
     assert out.text == {
         "malformed": "You asked:",
         "not-choices": "You asked:",
+        "endless": "You asked:" + "x" * (len(out.text) - 10),
         "filtered": "You asked: What is it?",
     }.get(fault, "")
 
@@ -348,7 +373,8 @@ def test_skeleton_without_prefill_gives_instructions(server: FaultServer) -> Non
     assert not any("repetition_penalty" in body for body in server.bodies)
     parts = out.parts.values()
     assert out.metrics.new_tokens == sum(part.metrics.new_tokens for part in parts) > 0
-    assert out.metrics.prompt_tokens == 400 and out.metrics.reused_tokens == 240
+    assert out.metrics.prompt_tokens == 400
+    assert out.metrics.reused_tokens == sum(part.metrics.reused_tokens for part in parts)
     assert out.metrics.first_token_seconds == out.parts["outline"].metrics.first_token_seconds
 
 
@@ -365,6 +391,56 @@ def test_prefill_where_the_server_continues_a_message(server: FaultServer) -> No
     body = server.bodies[0]
     assert body["messages"][-1] == {"role": "assistant", "content": "1."}
     assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
+
+
+@pytest.mark.parametrize("continues", [True, False, 400, 422])
+def test_prefill_is_found_out_once_and_only_for_strategies_that_use_it(
+    server: FaultServer, continues: bool | int
+) -> None:
+    server.continues = continues
+    lm = backend(server, prefill=None)
+    decoding.generate("One?", lm)
+    assert len(server.bodies) == 1 and "prefill" not in lm.capabilities
+    decoding.generate("How do I grow tomatoes?", lm, strategy="skeleton")
+    probe, outline = server.bodies[1:3]
+    assert probe["messages"][-1]["role"] == "assistant" and probe["max_tokens"] == 4
+    assert ("prefill" in lm.capabilities) == (continues is True)
+    assert (outline["messages"][-1]["role"] == "assistant") == (continues is True)
+    assert lm.usage.calls == len(server.bodies) - (continues not in (True, False))
+    asked = len(server.bodies)
+    decoding.generate("How do I grow plums?", other := backend(server, prefill=None), strategy="skeleton")
+    assert len(server.bodies) == 2 * asked - 2  # no second plain answer, no second probe
+    assert other.capabilities == lm.capabilities
+
+
+def test_a_server_that_did_not_answer_is_asked_again(server: FaultServer) -> None:
+    server.script = lambda number, body: "401" if number == 0 else "ok"
+    lm = backend(server, prefill=None)
+    for prefills in (False, True):
+        decoding.generate("How do I grow tomatoes?", lm, strategy="skeleton")
+        assert ("prefill" in lm.capabilities) == prefills
+
+
+@pytest.mark.parametrize("warm", [0, 60])
+def test_a_shared_prefix_is_warmed_by_the_first_call(server: FaultServer, warm: int) -> None:
+    server.thinking_seconds = 0.05
+    lm = backend(server, warm_prefix=warm, timeout=5.0)
+    long = "Here is a text that all of the questions are about: " + "once upon a time " * 10
+    decoding.generate([f"{long}{n}?" for n in range(6)], lm)
+    assert lm.usage.cached_tokens == (5 * 60 if warm else 0)
+    assert server.most_under_way == (5 if warm else 6)
+
+
+def test_calls_that_share_nothing_do_not_wait_for_each_other(server: FaultServer) -> None:
+    server.thinking_seconds = 0.05
+    decoding.generate([f"{n}: " + "a question " * 20 for n in range(6)], backend(server, warm_prefix=60, timeout=5.0))
+    assert server.most_under_way == 6
+
+
+def test_nobody_waits_for_a_first_call_that_fails(server: FaultServer) -> None:
+    server.script = lambda number, body: "401" if number == 0 else "ok"
+    answers = decoding.generate(["a question " * 20 + str(n) for n in range(4)], backend(server, warm_prefix=60))
+    assert [answer.error is None for answer in answers] == [False, True, True, True]
 
 
 def test_the_completions_endpoint_takes_text_as_it_is(server: FaultServer) -> None:
@@ -420,6 +496,7 @@ def test_strategies_that_need_tokens_are_refused_up_front(server: FaultServer, s
         {"endpoint": "responses"},
         {"concurrency": 0},
         {"retries": -1},
+        {"warm_prefix": -1},
         {"timeout": float("inf")},
     ],
     ids=lambda options: next(iter(options)),
@@ -471,6 +548,32 @@ def test_64_answers_at_once_with_a_tenth_of_all_calls_failing(server: FaultServe
             assert answer.text == f"You asked: {question}"
 
 
+def test_a_long_queue_holds_no_more_than_its_prompts(server: FaultServer) -> None:
+    server.script = lambda number, body: "endless" if number % 10 == 3 else "ok"
+    lm = backend(server, concurrency=4, timeout=5.0)
+    params = SamplingParams(max_new_tokens=16)
+    decoding.generate("One?", lm, params=params)  # the client's own modules
+    tracemalloc.start()
+    answers = decoding.generate([f"Question {n}?" for n in range(50)], lm, params=params)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert server.most_under_way <= 4
+    assert sum(answer.error is not None for answer in answers) == lm.usage.failed == 5
+    assert peak < 8e6  # five answers of ten megabytes each were offered
+
+
+@pytest.mark.parametrize("key", ["sk-one two", "sk-\nabcdef", "sk-schlüssel"])
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(key: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        OpenAIBackend("http://127.0.0.1/v1", "tiny", key)
+    assert key[3:] not in str(error.value)
+
+
+def test_a_key_from_a_file_may_end_with_a_line_end(server: FaultServer) -> None:
+    lm = OpenAIBackend(server.url, "tiny", KEY + "\n")
+    assert decoding.generate("One?", lm).error is None and server.headers == [f"Bearer {KEY}"]
+
+
 def test_the_key_is_shown_nowhere(server: FaultServer, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     caplog.set_level(logging.DEBUG)
     server.script = lambda number, body: "401"  # with the key in its message
@@ -511,15 +614,16 @@ def test_the_command_line_asks_a_server(
     assert main(["generate", "Name a river.", "--strategy", "jacobi", *options]) == 2
     assert "local model" in capsys.readouterr().err
     assert main(["generate", "Name a river.", *options, "--dtype", "float32"]) == 2
-    assert "--dtype" in capsys.readouterr().err
+    assert "dtype" in capsys.readouterr().err
     monkeypatch.delenv("MY_KEY")
     assert main(["generate", "Name a river.", *options]) == 2
-    assert "--api-key-env" in capsys.readouterr().err
+    assert "api-key-env" in capsys.readouterr().err.replace("_", "-")
     assert len(server.bodies) == 1
 
 
 def test_a_comparison_on_a_server(server: FaultServer, questions: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server.continues = False
     server.script = lambda number, body: "401" if "And one more." in str(body) else "ok"
     output = tmp_path / "run"
     arguments = ["compare", str(questions), "--strategies", "autoregressive", "skeleton", "--streams", "2"]

@@ -13,32 +13,25 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import urlsplit
 
 from decoding.backends.base import Backend, OnText
+from decoding.backends.prefix import PrefixWarming, continues_messages
 from decoding.backends.reply import Reply, ReplyFailure, Usage, failure_of, read_reply
+from decoding.backends.request import Endpoint, RequestForm, prompt_text
 from decoding.errors import CapabilityError, InvalidRequest
 from decoding.trace import measure
-from decoding.types import Generation, Message, Prompt, SamplingParams
+from decoding.types import Generation, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-    from decoding.strategies.base import TokenStrategy
+    from decoding.strategies.base import Strategy, TokenStrategy
 
 FIRST_DELAY = 0.5
 """Seconds before the second attempt, at most; every further one doubles them, up to `LONGEST_DELAY`."""
 LONGEST_DELAY = 16.0
-
-_EXTENSIONS = {
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "min_new_tokens": "min_tokens",
-    "ignore_eos": "ignore_eos",
-}
-"""Our sampling parameters that OpenAI's protocol does not have → what vLLM and its kin call them."""
 
 
 @dataclass
@@ -47,6 +40,7 @@ class _Session:
 
     client: AsyncOpenAI
     places: asyncio.Semaphore
+    warming: PrefixWarming
     lifetime: AsyncGenerator[AsyncOpenAI, None]
 
 
@@ -62,8 +56,12 @@ class OpenAIBackend(Backend):
     retries: further attempts after HTTP 429, 500, 502, 503 and 504, lost connections, streams that break off
     and timeouts, with growing, random pauses; never shorter than the server asks for (Retry-After). A
     server that asks for more than `timeout` is not waited for.
-    prefill: whether the server continues an assistant message that the request ends with (vLLM and SGLang do);
-    by default no on the chat endpoint and yes on completions. Strategies give an instruction where it does not.
+    prefill: whether the server continues an assistant message that the request ends with (vLLM and SGLang do).
+    None finds out with one short call, once for each server and model, before a strategy runs that would use it;
+    the completions endpoint always can. Strategies give an instruction where the server cannot.
+    warm_prefix: of several calls that begin with the same so many characters, let one go first and the others wait
+    until it brings text, so that they find what they share in the server's cache; 0 sends all of them at once.
+    `usage.cached_tokens` tells whether it helps.
     extra_body: also send parameters that are not OpenAI's (top_k, min_p, repetition_penalty, min_new_tokens,
     ignore_eos), under vLLM's names; without it they are refused.
     prompt_price, cached_price, completion_price: money per million tokens, for `cost`; cached prompt
@@ -80,11 +78,12 @@ class OpenAIBackend(Backend):
         model: str,
         api_key: str | None = None,
         *,
-        endpoint: Literal["chat", "completions"] = "chat",
+        endpoint: Endpoint = "chat",
         concurrency: int = 8,
         timeout: float = 60.0,
         retries: int = 4,
         prefill: bool | None = None,
+        warm_prefix: int = 0,
         extra_body: bool = False,
         prompt_price: float | None = None,
         cached_price: float | None = None,
@@ -97,10 +96,10 @@ class OpenAIBackend(Backend):
                 "base_url must be http(s)://host[:port][/path], without user, password or query; "
                 "a key goes into api_key."
             )
-        if endpoint not in ("chat", "completions"):
+        if endpoint not in get_args(Endpoint):
             raise InvalidRequest(f"endpoint must be 'chat' or 'completions', not {endpoint!r}.")
-        if concurrency < 1 or retries < 0:
-            raise InvalidRequest("concurrency must be at least 1 and retries at least 0.")
+        if concurrency < 1 or retries < 0 or warm_prefix < 0:
+            raise InvalidRequest("concurrency must be at least 1, retries and warm_prefix at least 0.")
         if not (math.isfinite(timeout) and timeout > 0):
             raise InvalidRequest(f"timeout must be a positive number of seconds, not {timeout!r}.")
         self.base_url = base_url
@@ -110,17 +109,20 @@ class OpenAIBackend(Backend):
         self.concurrency = concurrency
         self.timeout = timeout
         self.retries = retries
-        self.extra_body = extra_body
+        self.warm_prefix = warm_prefix
         self.prompt_price = prompt_price
         self.cached_price = prompt_price if cached_price is None else cached_price
         self.completion_price = completion_price
-        continues = endpoint == "completions" if prefill is None else prefill
-        self.capabilities = frozenset({"text", "prefill"} if continues else {"text"})  # type: ignore[misc]
-        self._api_key = os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key
-        self._length_field = (
+        self._api_key = _header_value(os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key)
+        self._form = RequestForm(
+            model,
+            endpoint,
             # OpenAI's own newer models refuse the field that every other server understands.
-            "max_completion_tokens" if endpoint == "chat" and url.hostname == "api.openai.com" else "max_tokens"
+            "max_completion_tokens" if endpoint == "chat" and url.hostname == "api.openai.com" else "max_tokens",
+            extra_body,
         )
+        self._prefill = True if endpoint == "completions" else prefill
+        self._set_prefill(bool(self._prefill))
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
         self._usage = Usage()
         self._lock = threading.Lock()
@@ -154,10 +156,12 @@ class OpenAIBackend(Backend):
         prefill: str = "",
         on_text: OnText | None = None,
     ) -> Generation:
-        self.require(strategy)
-        request = self._request(prompt, params, prefill)
+        super().require(strategy)
+        if prefill and "prefill" not in self.capabilities:
+            raise CapabilityError(f"{self.name} cannot continue an answer that was begun for it (prefill).")
+        request = self._form.arguments(prompt, params, prefill)
         began = time.perf_counter()
-        reply = Reply(on_text)
+        reply = Reply(on_text, max_new_tokens=params.max_new_tokens)
         error = await self._answered(request, reply)
         with self._lock:
             self._usage = self._usage.after(reply, failed=error is not None)
@@ -176,9 +180,26 @@ class OpenAIBackend(Backend):
             error=error,
         )
 
+    def require(self, strategy: Strategy) -> None:
+        """See `Backend.require`. Also finds out, before anything runs, whether the server continues messages."""
+        from decoding.strategies.base import TokenStrategy  # strategies are written against backends
+
+        super().require(strategy)
+        if self._prefill is None and not isinstance(strategy, TokenStrategy):  # those begin no answers
+            self._prefill, reply = continues_messages(self._form, self.base_url, self._api_key, self.timeout)
+            self._set_prefill(bool(self._prefill))
+            if reply is not None:
+                with self._lock:
+                    self._usage = self._usage.after(reply, failed=False)
+
+    def _set_prefill(self, continues: bool) -> None:
+        self.capabilities = frozenset({"text", "prefill"} if continues else {"text"})  # type: ignore[misc]
+
     async def _answered(self, request: Mapping[str, Any], reply: Reply) -> str | None:
         """Make attempts until one succeeds, or none can. Returns the cause if all failed."""
         session = await self._session()
+        if self.warm_prefix:
+            await session.warming.wait(prompt_text(request), reply.begun)
         while True:
             reply.begin()
             try:
@@ -194,6 +215,8 @@ class OpenAIBackend(Backend):
                 longest = min(FIRST_DELAY * 2 ** (reply.attempts - 1), LONGEST_DELAY)
                 # Random, so that calls which failed together do not come back together.
                 pause = failure.wait + longest * random.uniform(0.5, 1.0)
+            finally:
+                reply.begun.set()  # nobody waits for a second attempt
             await asyncio.sleep(pause)  # without holding a place
 
     async def _attempt(self, client: AsyncOpenAI, request: Mapping[str, Any], reply: Reply) -> None:
@@ -210,49 +233,6 @@ class OpenAIBackend(Backend):
         except Exception as error:
             raise failure_of(error, self.timeout) from None
 
-    def _request(self, prompt: Prompt, params: SamplingParams, prefill: str) -> dict[str, Any]:
-        """The call's arguments. Raises InvalidRequest for what the protocol cannot say."""
-        if prefill and "prefill" not in self.capabilities:
-            raise CapabilityError(f"{self.name} cannot continue an answer that was begun for it (prefill).")
-        if params.logprobs:
-            raise InvalidRequest("logprobs belong to token ids, which a server does not send; use a local model.")
-        defaults = SamplingParams()
-        extra: dict[str, object] = {
-            theirs: getattr(params, ours)
-            for ours, theirs in _EXTENSIONS.items()
-            if getattr(params, ours) != getattr(defaults, ours)
-        }
-        if extra and not self.extra_body:
-            ours = ", ".join(name for name, theirs in _EXTENSIONS.items() if theirs in extra)
-            raise InvalidRequest(
-                f"OpenAI's protocol has no field for {ours}; leave it at its default, or set extra_body=True "
-                "if the server takes it, as vLLM does."
-            )
-        request: dict[str, Any] = {
-            "model": self.model,
-            "temperature": params.temperature,
-            "seed": params.seed,
-            self._length_field: params.max_new_tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if params.top_p != defaults.top_p:
-            request["top_p"] = params.top_p
-        if params.stop:
-            request["stop"] = list(params.stop)
-        if params.logit_bias:
-            request["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
-        if self.endpoint == "completions":
-            request["prompt"] = _plain(prompt, prefill)
-        else:
-            request["messages"] = _messages(prompt)
-            if prefill:
-                request["messages"].append({"role": "assistant", "content": prefill})
-                extra |= {"continue_final_message": True, "add_generation_prompt": False}
-        if extra:
-            request["extra_body"] = extra
-        return request
-
     async def _session(self) -> _Session:
         """This event loop's connections. They are closed when the loop shuts down, as `asyncio.run` does."""
         loop = asyncio.get_running_loop()
@@ -262,7 +242,9 @@ class OpenAIBackend(Backend):
             if loop in self._sessions:
                 return self._sessions[loop]
         lifetime = self._lifetime()
-        session = _Session(await anext(lifetime), asyncio.Semaphore(self.concurrency), lifetime)
+        session = _Session(
+            await anext(lifetime), asyncio.Semaphore(self.concurrency), PrefixWarming(self.warm_prefix), lifetime
+        )
         with self._lock:
             return self._sessions.setdefault(loop, session)
 
@@ -291,28 +273,9 @@ class OpenAIBackend(Backend):
         return cause if len(cause) <= 300 else cause[:300] + " …"
 
 
-def _messages(prompt: Prompt) -> list[Message]:
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise InvalidRequest("the prompt is empty; give some text.")
-        return [{"role": "user", "content": prompt}]
-    messages: list[Message] = []
-    for message in prompt:
-        if isinstance(message, int):
-            raise InvalidRequest("the chat endpoint takes text or messages; token ids need endpoint='completions'.")
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise InvalidRequest("every message of a prompt needs a 'role' and a 'content', both text.")
-        messages.append({"role": message["role"], "content": message["content"]})
-    if not messages:
-        raise InvalidRequest("the prompt is empty; give text or at least one message.")
-    return messages
-
-
-def _plain(prompt: Prompt, prefill: str) -> str | list[int]:
-    if not isinstance(prompt, str) and prompt and all(isinstance(item, int) for item in prompt):
-        if prefill:
-            raise InvalidRequest("the beginning of an answer cannot be joined to token ids; give the prompt as text.")
-        return [item for item in prompt if isinstance(item, int)]
-    if isinstance(prompt, str) and prompt.strip():
-        return prompt + prefill
-    return "\n\n".join(message["content"] for message in _messages(prompt)) + prefill
+def _header_value(key: str) -> str:
+    """The key without the line end that files bring along. One that no header can hold would end up in an error."""
+    key = key.strip()
+    if not (key.isascii() and (key.isprintable() and " " not in key)):
+        raise InvalidRequest("the API key must be printable ASCII without spaces; check where it comes from.")
+    return key

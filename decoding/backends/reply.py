@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
     from openai import AsyncStream
 
+LONGEST_TOKEN = 256
+"""Characters: more than any tokenizer's. A server that sends more text than this for every token asked for is cut off,
+so that no answer fills the memory."""
+
+LONGEST_BODY = 65536
+"""Bytes read of what is no stream of events, to say what it is."""
+
 TRANSIENT = frozenset({429, 500, 502, 503, 504})
 """HTTP statuses after which another attempt may succeed."""
 
@@ -52,6 +59,12 @@ class Usage:
     completion_tokens: int = 0
     unreported: int = 0
 
+    def __str__(self) -> str:
+        return (
+            f"{self.calls:,} calls, {self.failed:,} of them failed, {self.retries:,} retries; tokens: "
+            f"{self.prompt_tokens:,} prompt ({self.cached_tokens:,} cached), {self.completion_tokens:,} completion"
+        )
+
     def after(self, reply: Reply, *, failed: bool) -> Usage:
         """The sums with one more call in them."""
         return Usage(
@@ -72,11 +85,13 @@ class Reply:
     the listener has heard: a further attempt has to begin with it, or the pieces would not join. enough: the
     listener wants no more. events: of this attempt; choices: whether any of them had choices.
     reported: whether the server counted the tokens.
-    first_text_at: `time.perf_counter()` at the first piece of any attempt.
+    first_text_at: `time.perf_counter()` at the first piece of any attempt. begun: set from then on.
     """
 
-    def __init__(self, on_text: OnText | None = None) -> None:
+    def __init__(self, on_text: OnText | None = None, *, max_new_tokens: int = 2**20) -> None:
         self._on_text = on_text
+        self._longest = LONGEST_TOKEN * max_new_tokens
+        self.begun = asyncio.Event()
         self._most_events = 0
         self.kept = ""
         self.enough = False
@@ -113,6 +128,9 @@ class Reply:
         """More text. Ends the answer if the listener wants no more. Raises ReplyFailure."""
         if self.first_text_at is None:
             self.first_text_at = time.perf_counter()
+            self.begun.set()
+        if len(self.text) + len(piece) > self._longest:
+            raise ReplyFailure(f"the server sent more than {len(self.text)} characters, far beyond max_new_tokens")
         self._text_events += 1
         self._most_events = max(self._most_events, self._text_events)
         self.text += piece
@@ -161,8 +179,7 @@ async def read_reply(stream: AsyncStream[Any], reply: Reply, timeout: float) -> 
     """
     kind = stream.response.headers.get("content-type", "")
     if not kind.startswith("text/event-stream"):
-        body = await asyncio.wait_for(stream.response.aread(), timeout)
-        said = body.decode(errors="replace")
+        said = await asyncio.wait_for(_beginning(stream.response), timeout)
         raise ReplyFailure(f"the server sent {kind or 'untyped data'} instead of a stream of events: {said}")
     while True:
         try:
@@ -182,6 +199,16 @@ async def read_reply(stream: AsyncStream[Any], reply: Reply, timeout: float) -> 
     if reply.events and not reply.choices:
         raise ReplyFailure("the server sent no choices")
     raise ReplyFailure("the stream broke off before the answer ended", transient=True)
+
+
+async def _beginning(response: Any) -> str:
+    """What the server sent instead of events, up to `LONGEST_BODY` bytes."""
+    body = b""
+    async for piece in response.aiter_bytes():
+        body += piece
+        if len(body) >= LONGEST_BODY:
+            break
+    return body[:LONGEST_BODY].decode(errors="replace")
 
 
 def _take(event: object, reply: Reply) -> None:
