@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from decoding.backends.choice import Choice, named_option
 from decoding.errors import CapabilityError
 from decoding.types import Generation, Prompt, SamplingParams
 
@@ -20,7 +21,8 @@ class Backend(ABC):
     """Completes prompts. Strategies are written against this and run on any backend that can do what they need.
 
     capabilities: "text" (complete a prompt), "prefill" (continue an answer that was begun for it),
-    "tokens" (decoders may choose blocks and see logits). parameters: of the model, 0 if unknown.
+    "tokens" (decoders may choose blocks and see next-token logits), "masked" (they may fill masks in).
+    parameters: of the model, 0 if unknown.
     """
 
     name: str
@@ -39,6 +41,16 @@ class Backend(ABC):
     ) -> Generation:
         """Continue `prompt`, after the beginning `prefill` of the answer, which the result does not repeat."""
 
+    async def choose(self, prompt: Prompt, options: Sequence[str]) -> Choice:
+        """Which of a few short options ("A", "B") the model answers with.
+
+        It is read from a short reply; a backend that sees tokens compares the options' likelihoods instead.
+        """
+        from decoding.strategies.autoregressive import Autoregressive
+
+        generation = await self.complete(prompt, SamplingParams(max_new_tokens=8), Autoregressive())
+        return Choice(None if generation.error else named_option(generation.text, options), generation)
+
     def forget(self) -> None:  # noqa: B027 - a backend that keeps nothing has nothing to do
         """Reuse nothing of earlier requests for the next one: no cached prefix, nothing that a drafter learned."""
 
@@ -52,5 +64,14 @@ class Backend(ABC):
         if missing:
             raise CapabilityError(
                 f"{strategy} needs {' and '.join(map(repr, missing))}, which {self.name} does not offer; use "
-                + ("a local model for it." if "tokens" in missing else "another backend for it.")
+                + _instead(missing, self.capabilities)
             )
+
+
+def _instead(missing: Sequence[str], offered: frozenset[str]) -> str:
+    """What to use where these capabilities are missing."""
+    if "masked" in missing:
+        return "a masked checkpoint (LLaDA, Dream, SDAR … or one whose config.json has a section 'masked') for it."
+    if "tokens" in missing and "masked" in offered:
+        return "block-diffusion or mask-predict: this model fills masks in and does not continue a text."
+    return "a local model for it." if "tokens" in missing else "another backend for it."

@@ -11,12 +11,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.backends.base import Backend, OnText
+from decoding.backends.choice import Choice, NextToken
 from decoding.backends.text import TextStream
 from decoding.engine.decoder import Decoder
 from decoding.engine.engine import Engine
 from decoding.engine.runner import Runner
 from decoding.engine.sequence import Sequence
 from decoding.errors import InvalidRequest
+from decoding.masked import Masking
 from decoding.trace import measure
 from decoding.types import Generation, Message, Prompt, SamplingParams
 
@@ -28,8 +30,10 @@ class LocalBackend(Backend):
     """A Hugging Face model behind the engine. `decoding.load` makes one.
 
     model, tokenizer: the Hugging Face objects; using them directly does not disturb the engine.
-    engine: the token-level engine. eos: ids that end an answer. slots, capacity, step_tokens: see `Runner`
-    and `Engine`.
+    masking: how a masked checkpoint fills in; None for causal ones. engine: the token-level engine.
+    eos: ids that end an answer. slots, capacity, step_tokens: see `Runner`
+    and `Engine`. variants: backends of the same model with other weights, by name, for strategies that need them;
+    variant: the name that this one has among those of another, or "".
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"text", "prefill", "tokens"})
@@ -44,13 +48,19 @@ class LocalBackend(Backend):
         slots: int = 32,
         capacity: int | None = None,
         step_tokens: int = 512,
+        masking: Masking | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or model.config.model_type
         self.engine = Engine(Runner(model, slots, capacity), step_tokens)
         self.eos = frozenset(eos)
+        self.masking = masking
+        if masking is not None:  # it fills masks in: what continues a text token by token has no use for it
+            self.capabilities = frozenset({"text", "prefill", "masked"})  # type: ignore[misc]
         self.parameters = model.num_parameters()
+        self.variant = ""
+        self.variants: dict[str, LocalBackend] = {}
         self._decoders: dict[TokenStrategy, Decoder] = {}
         self._answers: dict[Sequence, asyncio.Future[None]] = {}
         self._pump: asyncio.Task[None] | None = None
@@ -106,6 +116,8 @@ class LocalBackend(Backend):
         self.engine.cache.forget()
         for decoder in self._decoders.values():
             decoder.unlearn()
+        for variant in self.variants.values():
+            variant.forget()
 
     def pieces(self, tokens: List[int]) -> list[str]:
         special = set(self.tokenizer.all_special_ids)
@@ -120,6 +132,8 @@ class LocalBackend(Backend):
         prefill: str = "",
         on_text: OnText | None = None,
     ) -> Generation:
+        if (home := strategy.home(self)) is not self:
+            return await home.complete(prompt, params, strategy, prefill=prefill, on_text=on_text)
         stream = TextStream(self.tokenizer, params.stop)
 
         def on_commit(_: Sequence, tokens: List[int]) -> int | None:
@@ -136,19 +150,37 @@ class LocalBackend(Backend):
             self.eos,
             on_commit if watched else None,
         )
-        try:
-            await self._finished(sequence)
-        except asyncio.CancelledError:
-            self.engine.cancel(sequence)
-            raise
+        await self._finished(sequence)
         if not watched:
             stream.feed(sequence.new_tokens)
         rest = stream.finish()
         if on_text is not None and rest:
             on_text(rest)
+        return self._generation(sequence, stream.text)
+
+    async def choose(self, prompt: Prompt, options: List[str]) -> Choice:
+        """By the likelihoods of the options' first tokens at the end of the prompt; nothing is generated.
+
+        Raises InvalidRequest if two options begin with the same token.
+        """
+        ids = self.encode(prompt)
+        firsts = [self.encode(prompt, option)[len(ids) : len(ids) + 1] for option in options]
+        tokens = [token for first in firsts for token in first]
+        if len(tokens) != len(options) or len(set(tokens)) != len(tokens):
+            raise InvalidRequest(f"the options {', '.join(options)} must begin with different tokens; use other words.")
+        decoder = NextToken(tokens)
+        sequence = self.engine.submit(ids, SamplingParams(max_new_tokens=1), decoder, (), lambda *_: 0)
+        await self._finished(sequence)
+        generation = self._generation(sequence, "")
+        if not decoder.logprobs:
+            return Choice(None, generation)
+        chances = dict(zip(options, torch.tensor(decoder.logprobs).softmax(dim=0).tolist(), strict=True))
+        return Choice(max(chances, key=lambda option: chances[option]), generation, chances)
+
+    def _generation(self, sequence: Sequence, text: str) -> Generation:
         assert sequence.finish_reason is not None
         return Generation(
-            text=stream.text,
+            text=text,
             tokens=sequence.new_tokens,
             finish_reason=sequence.finish_reason,
             metrics=measure(
@@ -157,17 +189,21 @@ class LocalBackend(Backend):
                 prompt_tokens=len(sequence.prompt),
             ),
             trace=sequence.trace,
-            logprobs=sequence.logprobs if params.logprobs else None,
+            logprobs=sequence.logprobs if sequence.params.logprobs else None,
             error=None if sequence.error is None else f"{type(sequence.error).__name__}: {sequence.error}",
         )
 
     async def _finished(self, sequence: Sequence) -> None:
+        """Wait for the end of a sequence; if the wait is cancelled, so is the sequence."""
         loop = asyncio.get_running_loop()
         self._answers[sequence] = loop.create_future()
         if self._pump is None or self._pump.done() or self._pump.get_loop() is not loop:
             self._pump = loop.create_task(self._run())
         try:
             await self._answers[sequence]
+        except asyncio.CancelledError:
+            self.engine.cancel(sequence)
+            raise
         finally:
             del self._answers[sequence]
 

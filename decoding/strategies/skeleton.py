@@ -1,48 +1,63 @@
 """Skeleton-of-Thought: outline the answer, then write all points of the outline at the same time.
 
-Ning et al. 2024, "Skeleton-of-Thought: Prompting LLMs for Efficient Parallel Generation".
+Ning et al. 2024, "Skeleton-of-Thought: Prompting LLMs for Efficient Parallel Generation" (the router is its SoT-R);
+points that need others, as in Jin et al. 2025, "Plato: Plan to Efficiently Decode for Large Language Model Inference".
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
-import prompts
-from decoding.assembly import assembled_metrics
 from decoding.backends.base import Backend, OnText
 from decoding.errors import InvalidRequest
 from decoding.strategies.autoregressive import Autoregressive
 from decoding.strategies.base import Strategy, TokenStrategy, parse
-from decoding.strategies.merge import merge, write_point
-from decoding.strategies.outline import OutlineParser, Point
-from decoding.trace import shifted
-from decoding.types import FinishReason, Generation, Message, Prompt, SamplingParams
+from decoding.strategies.router import Always, Router, as_router
+from decoding.strategies.skeleton_answer import SkeletonAnswer
+from decoding.types import Generation, Prompt, SamplingParams
 
 
 @dataclass(frozen=True)
 class SkeletonOfThought(Strategy):
     """Two stages: an outline, then one sequence per point, all in one batch.
 
-    inner: the token-level strategy of both stages. max_points: points beyond these are left out.
-    outline_tokens, point_tokens: limits of the outline and of each point; a request's `max_new_tokens`
-    bounds the points together. repetition_penalty: for requests that set none, on local models only (servers
-    have no common field for it); without it a small model writes the same point over and over. prompt: the
-    templates, a name under `prompts/`; "" takes the ones for small models below a billion parameters.
+    inner: the token-level strategy of both stages; outline, expand: of one of them, instead of `inner`.
+    pipeline: begin to write a point as soon as its line of the outline is complete; if not, when the whole outline
+    is. The texts are the same, since a point is shown no more of the outline than stands before it.
+    router: whether a question wants an outline at all: "always", "prompt", "classifier" or a function from the
+    question's text to a bool; see `decoding.strategies.router`. Others are answered by `inner` alone.
+    dependencies: ask which points build on which. A point that needs others is written after them, with their texts
+    in its prompt; all the points whose needs are met are written at the same time. A point can need earlier ones
+    only, which breaks every cycle: of two points that need each other, the one that comes first goes ahead.
+
+    max_points: points beyond these are left out. outline_tokens: limit of the outline. point_tokens: limit of each
+    point; several ("96, 48") are for the first, the second … point, the last of them for all further ones. A request's
+    `max_new_tokens` bounds the points together: if `max_points` of them could exceed it, all their limits shrink in
+    proportion. length: how much to ask for ("about 40 words"; "" for the template's own "one or two sentences").
+    repetition_penalty: for requests that set none, on local models only (servers have no common field for it);
+    without it a small model writes the same point over and over.
+    prompt: the templates, a name under `prompts/`; "" takes the ones for small models below a billion parameters.
     templates: a folder whose templates go before the shipped ones.
 
-    An outline of fewer than two points means that the question does not want a list: it is then answered
-    by `inner` alone. The answer's `parts` hold the outline and every point.
+    An outline of fewer than two points means that the question does not want a list: it is then answered by `inner`
+    alone. The answer's `parts` hold all that was generated: "router" (what it chose), "outline", "point 1" …, or
+    "answer" for a plain one, each with the prompt tokens that were computed (`metrics.prefill_tokens`) and those that
+    were taken over from another part (`metrics.reused_tokens`). A point that fails keeps what it has, the others are
+    complete, and `error` names it.
     """
 
     inner: Strategy | str = Autoregressive()
+    outline: Strategy | str | None = None
+    expand: Strategy | str | None = None
+    pipeline: bool = True
+    router: Router | str | Callable[[str], bool] = Always()
+    dependencies: bool = False
     max_points: int = 6
     outline_tokens: int = 96
-    point_tokens: int = 64
+    point_tokens: int | str | Sequence[int] = 64
+    length: str = ""
     repetition_penalty: float = 1.1
     prompt: str = ""
     templates: str | None = None
@@ -52,14 +67,26 @@ class SkeletonOfThought(Strategy):
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def __post_init__(self) -> None:
-        inner = parse(self.inner) if isinstance(self.inner, str) else self.inner
-        if not isinstance(inner, TokenStrategy):
-            raise InvalidRequest(f"inner must be a token-level strategy, which {inner} is not.")
-        object.__setattr__(self, "inner", inner)
-        object.__setattr__(self, "needs", inner.needs)  # a backend that cannot run the stages cannot run the whole
-        for option, least in (("max_points", 2), ("outline_tokens", 1), ("point_tokens", 1)):
+        object.__setattr__(self, "router", as_router(self.router))
+        needs = self.router.needs  # type: ignore[union-attr]
+        for stage in ("inner", "outline", "expand"):
+            value = getattr(self, stage)
+            value = parse(value) if isinstance(value, str) else value
+            if value is None and stage != "inner":
+                continue
+            if not isinstance(value, TokenStrategy):
+                raise InvalidRequest(f"{stage} must be a token-level strategy, which {value} is not.")
+            object.__setattr__(self, stage, value)
+            needs |= value.needs
+        object.__setattr__(self, "needs", needs)  # a backend that cannot run the parts cannot run the whole
+        for option in ("pipeline", "dependencies"):
+            if not isinstance(value := getattr(self, option), bool):
+                raise InvalidRequest(f"{option} must be true or false, not {value!r}.")
+        for option, least in (("max_points", 2), ("outline_tokens", 1)):
             if not isinstance(value := getattr(self, option), int) or value < least:
                 raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
+        limits = _limits(self.point_tokens)
+        object.__setattr__(self, "point_tokens", limits[0] if len(limits) == 1 else ", ".join(map(str, limits)))
 
     @property
     def lossless(self) -> bool:
@@ -68,113 +95,33 @@ class SkeletonOfThought(Strategy):
     async def answer(
         self, prompt: Prompt, params: SamplingParams, backend: Backend, on_text: OnText | None = None
     ) -> Generation:
-        began = time.perf_counter()
-        parts: dict[str, Generation] = {}
+        return await SkeletonAnswer(self, prompt, params, backend, on_text).write()
 
-        async def part(
-            label: str, chat: prompts.ChatPrompt, limit: int, stop: Sequence[str] = (), watch: OnText | None = None
-        ) -> Generation:
-            """One sequence of the answer. Every part has a seed of its own, by its label."""
-            limited = params.but(
-                max_new_tokens=limit,
-                min_new_tokens=0,
-                ignore_eos=False,
-                seed=params.seed ^ zlib.crc32(label.encode()),
-                stop=(*params.stop, *stop),
-                repetition_penalty=self.repetition_penalty
-                if params.repetition_penalty == 1 and "tokens" in backend.capabilities
-                else params.repetition_penalty,
-            )
-            offset = time.perf_counter() - began
-            generation = await backend.complete(
-                chat.messages, limited, self._inner, prefill=chat.prefill, on_text=watch
-            )
-            parts[label] = replace(generation, trace=shifted(generation.trace, offset))
-            return generation
+    def stage(self, name: str) -> TokenStrategy:
+        """The strategy of a stage, "outline" or "expand", or "inner" for plain answers."""
+        strategy = getattr(self, name) or self.inner
+        assert isinstance(strategy, TokenStrategy)
+        return strategy
 
-        style = self.prompt or ("skeleton/small" if 0 < backend.parameters < 1e9 else "skeleton")
-        history, question = _conversation(prompt)
-        ask: dict[str, object] = {"question": question, "history": history, "max_points": self.max_points}
-        ask["can_prefill"] = "prefill" in backend.capabilities
-        chat = prompts.render(f"{style}/outline", folder=self.templates, **ask)
-        parser = OutlineParser(max_points=self.max_points)
-        parser.feed(chat.prefill)
-
-        def enough(piece: str) -> bool:
-            parser.feed(piece)
-            return parser.done
-
-        outline = await part("outline", chat, self.outline_tokens, watch=enough)
-        if outline.error is not None:
-            return _assemble("", outline.finish_reason, parts, began, outline.error)
-        parser.finish(truncated=outline.finish_reason == "length")
-        points = parser.points
-        if len(points) < 2:
-            plain = await self._inner.answer(prompt, params, backend, on_text)
-            parts["answer"] = replace(
-                plain, trace=shifted(plain.trace, time.perf_counter() - began - plain.metrics.seconds)
-            )
-            return _assemble(plain.text, plain.finish_reason, parts, began, plain.error)
-        limit = min(self.point_tokens, max(params.max_new_tokens // len(points), 1))
-        texts: list[str | None] = [None] * len(points)
-        shown = 0
-
-        async def expand(place: int, point: Point) -> Generation:
-            nonlocal shown
-            point_chat = prompts.render(
-                f"{style}/expand",
-                folder=self.templates,
-                outline=chat.prefill + outline.text,
-                index=point.index,
-                title=point.title,
-                **ask,
-            )
-            generation = await part(f"point {place + 1}", point_chat, limit, (f"\n{point.index + 1}.",))
-            texts[place] = generation.text
-            while shown < len(points) and (ready := texts[shown]) is not None:
-                if on_text is not None:
-                    on_text(("\n\n" if shown else "") + write_point(shown + 1, points[shown], ready))
-                shown += 1
-            return generation
-
-        expansions = await asyncio.gather(*(expand(place, point) for place, point in enumerate(points)))
-        failed = [(place, g.error) for place, g in enumerate(expansions, start=1) if g.error is not None]
-        error = "; ".join(f"point {place}: {cause}" for place, cause in failed) or None
-        reason: FinishReason = "error" if failed else expansions[-1].finish_reason
-        return _assemble(merge(points, [g.text for g in expansions]), reason, parts, began, error)
-
-    @property
-    def _inner(self) -> TokenStrategy:
-        assert isinstance(self.inner, TokenStrategy)
-        return self.inner
+    def budget(self, place: int, max_new_tokens: int) -> int:
+        """Tokens that the point at `place` (from 0) may have. It does not depend on how many points there will be,
+        so that writing can begin before that is known."""
+        limits = _limits(self.point_tokens)
+        limits += limits[-1:] * (self.max_points - len(limits))
+        total = sum(limits[: self.max_points])
+        return max(limits[place] * min(max_new_tokens, total) // total, 1)
 
 
-def _conversation(prompt: Prompt) -> tuple[list[Message], str]:
-    """Earlier messages, and the question that is asked now."""
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise InvalidRequest("the prompt is empty; give some text.")
-        return [], prompt
-    messages = [message for message in prompt if isinstance(message, dict)]
-    if not messages or len(messages) != len(prompt) or messages[-1].get("role") != "user":
+def _limits(point_tokens: object) -> list[int]:
+    try:
+        if isinstance(point_tokens, str):
+            limits = [int(part) for part in point_tokens.split(",")]
+        else:
+            limits = list(point_tokens) if isinstance(point_tokens, Sequence) else [point_tokens]  # type: ignore[list-item]
+    except ValueError:
+        limits = []
+    if not limits or not all(isinstance(limit, int) and limit >= 1 for limit in limits):
         raise InvalidRequest(
-            "skeleton needs text, or messages of which the last is the user's; it cannot use token ids."
+            f'point_tokens must be one integer of at least 1 or several ("96, 48"), not {point_tokens!r}.'
         )
-    return messages[:-1], messages[-1]["content"]
-
-
-def _assemble(
-    text: str, reason: FinishReason, parts: dict[str, Generation], began: float, error: str | None
-) -> Generation:
-    """One generation from its parts, in the order they were asked for."""
-    trace = sorted((step for part in parts.values() for step in part.trace), key=lambda s: (s.step, s.sequence))
-    labels = sorted(parts, key=lambda label: (label != "outline", len(label), label))
-    return Generation(
-        text=text,
-        tokens=[token for label in labels for token in parts[label].tokens],
-        finish_reason=reason,
-        metrics=assembled_metrics(list(parts.values()), trace, seconds=time.perf_counter() - began),
-        trace=trace,
-        error=error,
-        parts={label: parts[label] for label in labels},
-    )
+    return limits
