@@ -1,4 +1,4 @@
-"""The command line: `decoding generate | compare | report | models`."""
+"""The command line: `decoding generate | compare | race | report | models`."""
 
 from __future__ import annotations
 
@@ -105,10 +105,30 @@ def _parser(arguments: Sequence[str] | None) -> argparse.ArgumentParser:
 
     compare.set_defaults(again=again)
 
+    race = command(
+        "race", "let strategies answer one question, and watch the answers grow side by side", _race, catalogue
+    )
+    race.add_argument("prompt", help="the question; - reads it from standard input")
+    race.add_argument(
+        "--strategies", nargs="+", default=["autoregressive", "speculative", "jacobi"], metavar="STRATEGY"
+    )
+    race.add_argument("--speed", type=float, default=1.0, help="of the replay; 2 is twice as fast (%(default)s)")
+    _model_options(race)
+    _sampling_options(race)
+
+    film = command("film", "answer one prompt, and show what every iteration's block held", _film, catalogue)
+    film.add_argument("prompt", help="the question; - reads it from standard input")
+    film.add_argument("--strategy", default="jacobi", help="strategy, in text form (%(default)s)")
+    film.add_argument("--output", type=Path, metavar="FILE", help="also write the film as an HTML page")
+    _model_options(film)
+    _sampling_options(film)
+
     report = command("report", "make the table and the HTML page of a run again, or compare two runs", _report)
     report.add_argument("directory", type=Path, help="run directory")
     report.add_argument("other", type=Path, nargs="?", help="another run, to compare with")
-    report.add_argument("--export", nargs="+", type=Path, default=[], metavar="FILE", help="also as .csv, .parquet, .md")
+    report.add_argument(
+        "--export", nargs="+", type=Path, default=[], metavar="FILE", help="also as .csv, .parquet, .md"
+    )
 
     command("models", "list the models that can be named, and where they are", _models)
     return parser
@@ -243,6 +263,50 @@ def _compare(options: argparse.Namespace) -> int:
     run = read_run(output)
     print_summary(summarize(run))
     print(f"records: {output / 'records.jsonl'}\nreport:  {write_report(run, output)}")
+    return 0
+
+
+def _race(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.api import resolve
+    from decoding.errors import InvalidRequest
+    from decoding.race import race, replay, result_table
+
+    if not options.speed > 0:
+        raise InvalidRequest(f"speed must be a positive number, not {options.speed}.")
+    strategies = [resolve(text) for text in options.strategies]
+    params = _params(options)
+    console, errors = Console(), Console(stderr=True)
+    lm = _load(options, errors)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    with errors.status("") as status:
+        lanes = race(prompt, lm, strategies, params, on_start=lambda strategy: status.update(f"{strategy} runs alone"))
+    replay(lanes, console, speed=options.speed)
+    console.print(result_table(lanes))
+    failed = [lane for lane in lanes if lane.generation.error is not None]
+    for lane in failed:
+        print(f"decoding race: error: {lane.strategy}: {lane.generation.error}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def _film(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.api import resolve
+    from decoding.report.film import print_film, shoot, write_film
+
+    strategy = resolve(options.strategy)
+    params = _params(options)
+    lm = _load(options, Console(stderr=True))
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    film = shoot(prompt, lm, strategy=strategy, params=params)
+    print_film(film)
+    if options.output is not None:
+        print(f"film: {write_film(film, options.output)}")
+    if film.generation.error is not None:
+        print(f"decoding film: error: {film.generation.error}", file=sys.stderr)
+        return 2
     return 0
 
 
