@@ -161,6 +161,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key-env", metavar="VAR", help="variable that holds its key (OPENAI_API_KEY)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (a GPU if there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 (float32 on a CPU)")
+    group.add_argument("--weights", default="float32", help="float32, or int8, which a CPU reads faster (%(default)s)")
     group.add_argument("--device-map", help="spread the model over devices, e.g. auto")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that a model ships")
     group.add_argument(

@@ -83,6 +83,7 @@ class LoadOptions:
 
     device: str | None = None
     dtype: str | None = None
+    weights: str = "float32"
     device_map: str | None = None
     trust_remote_code: bool = False
     slots: int = 32
@@ -100,6 +101,7 @@ class LoadOptions:
             model,
             device=self.device,
             dtype=self.dtype,
+            weights=self.weights,
             device_map=self.device_map,
             trust_remote_code=self.trust_remote_code,
             slots=self.slots,

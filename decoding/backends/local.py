@@ -17,7 +17,7 @@ from decoding.engine.decoder import Decoder
 from decoding.engine.engine import Engine
 from decoding.engine.runner import Runner
 from decoding.engine.sequence import Sequence
-from decoding.errors import InvalidRequest
+from decoding.errors import CapabilityError, InvalidRequest
 from decoding.masked import Masking
 from decoding.trace import measure
 from decoding.types import Generation, Message, Prompt, SamplingParams
@@ -31,8 +31,7 @@ class LocalBackend(Backend):
 
     model, tokenizer: the Hugging Face objects; using them directly does not disturb the engine.
     masking: how a masked checkpoint fills in; None for causal ones. engine: the token-level engine.
-    eos: ids that end an answer. slots, capacity, step_tokens: see `Runner`
-    and `Engine`. variants: backends of the same model with other weights, by name, for strategies that need them;
+    eos: ids that end an answer. slots, capacity, weights, step_tokens: see `Runner` and `Engine`. variants: backends of the same model with other weights, by name, for strategies that need them;
     variant: the name that this one has among those of another, or "".
     """
 
@@ -49,11 +48,12 @@ class LocalBackend(Backend):
         capacity: int | None = None,
         step_tokens: int = 512,
         masking: Masking | None = None,
+        weights: str = "float32",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or model.config.model_type
-        self.engine = Engine(Runner(model, slots, capacity), step_tokens)
+        self.engine = Engine(Runner(model, slots, capacity, weights), step_tokens)
         self.eos = frozenset(eos)
         self.masking = masking
         if masking is not None:  # it fills masks in: what continues a text token by token has no use for it
@@ -108,6 +108,10 @@ class LocalBackend(Backend):
 
     def decoder(self, strategy: TokenStrategy) -> Decoder:
         """The strategy's decoder on this backend; equal strategies share one, so their sequences plan together."""
+        if self.masking is not None and "masked" not in strategy.needs:  # plain decoding asks for text alone
+            raise CapabilityError(
+                f"{strategy} continues a text, and {self.name} fills masks in; use block-diffusion or mask-predict."
+            )
         if strategy not in self._decoders:
             self._decoders[strategy] = strategy.decoder(self)
         return self._decoders[strategy]

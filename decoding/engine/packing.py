@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -24,13 +25,14 @@ class Row:
 
     slot: where its keys and values live. pending: committed tokens that the cache does not hold yet.
     block: guesses behind them. logits: whether to compute logits, at the last pending token and at
-    every guess.
+    every guess. span: how far attention looks ahead, see `Decoder.span`.
     """
 
     slot: int
     pending: Sequence[int]
     block: Block
     logits: bool = True
+    span: int = 1
 
     def __len__(self) -> int:
         return len(self.pending) + len(self.block)
@@ -51,19 +53,114 @@ class PackedStep:
     attention: AttentionStep
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a step lie and what they see, token after token in the order of the rows; all int32.
+
+    slot, place: [tokens] entry of the cache that a token fills. position: [tokens] the model's position.
+    prefix: [tokens] a token sees so many leading entries of its slot, itself often the last of them, and
+    more[first[t]:first[t + 1]] as well.
+    """
+
+    slot: np.ndarray
+    place: np.ndarray
+    position: np.ndarray
+    prefix: np.ndarray
+    first: np.ndarray
+    more: np.ndarray
+
+    def entries(self, capacity: int) -> torch.Tensor:
+        """[tokens] slot × capacity + place."""
+        return torch.from_numpy(self.slot.astype(np.int64) * capacity + self.place)
+
+
+def flatten(rows: Sequence[Row], cache: KVCache) -> tuple[np.ndarray, Places, np.ndarray]:
+    """Token ids [tokens] of a step, where they lie, and which of them need logits, in the order of the rows."""
+    tokens: list[int] = []
+    keep, place, position, prefix, counts, more = [], [], [], [], [], []
+    for row in rows:
+        base, start = int(cache.lengths[row.slot]), len(tokens)
+        tokens += row.pending
+        tokens += row.block.tokens
+        sight = _sight(
+            len(row.block),
+            len(row.pending),
+            None if row.block.parents is None else tuple(row.block.parents),
+            row.block.bidirectional,
+            row.span,
+            base % row.span if row.span > 1 else 0,
+            row.block.suffix,
+        )
+        if row.logits:
+            keep.append(np.arange(start + len(row.pending) - 1, len(tokens)))
+        place.append(base + sight.index)
+        position.append(base + sight.depth)
+        prefix.append(base + sight.lead)
+        counts.append(sight.counts)
+        more.append(base + sight.more)
+    slots = np.array([row.slot for row in rows], dtype=np.int32)
+    places = Places(
+        slot=np.repeat(slots, [len(row) for row in rows]),
+        place=_joined(place),
+        position=_joined(position),
+        prefix=_joined(prefix),
+        first=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int32),
+        more=_joined(more),
+    )
+    return np.asarray(tokens, dtype=np.int64), places, _joined(keep) if keep else np.zeros(0, dtype=np.int32)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sight:
+    """What the tokens of one row see, counted from its first: the first `lead`, and `counts` of the entries `more`."""
+
+    index: np.ndarray
+    depth: np.ndarray
+    lead: np.ndarray
+    counts: np.ndarray
+    more: np.ndarray
+
+
+@lru_cache(maxsize=4096)
+def _sight(
+    count: int,
+    pending: int,
+    parents: tuple[int, ...] | None,
+    bidirectional: bool,
+    span: int,
+    base: int,
+    suffix: int,
+) -> _Sight:
+    each = layout(count, pending, parents, bidirectional, span, base)
+    index = np.arange(pending + count)
+    if each.visible is None and not suffix:
+        return _Sight(index, each.depth, index + 1, np.zeros_like(index), np.zeros(0, dtype=np.int64))
+    visible = np.tri(len(index), dtype=bool) if each.visible is None else each.visible
+    visible = np.hstack([visible, np.ones((len(index), suffix), dtype=bool)])
+    lead = np.where(visible.all(axis=1), visible.shape[1], visible.argmin(axis=1))
+    token, entry = np.nonzero(visible & (np.arange(visible.shape[1]) >= lead[:, None]))
+    return _Sight(index, each.depth, lead, np.bincount(token, minlength=len(index)), entry)
+
+
 def pack(rows: Sequence[Row], cache: KVCache, device: torch.device) -> PackedStep:
     """Pack the rows of one step. Sequences end up in the order of their slots; `keep` undoes that."""
+    cached = cache.lengths
     layouts = [
         layout(
             len(row.block),
             len(row.pending),
             None if row.block.parents is None else tuple(row.block.parents),
             row.block.bidirectional,
+            row.span,
+            int(cached[row.slot]) % row.span if row.span > 1 else 0,
         )
         for row in rows
     ]
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]) > _LONG, rows[i].slot))
-    cached = cache.lengths
     tokens: list[int] = []
     starts = [0] * len(rows)
     for i in order:
@@ -104,7 +201,7 @@ def _partition(rows: Sequence[Row], order: Sequence[int], cached: np.ndarray) ->
     wastes reads. Dynamic programming over where the last group starts.
     """
     short = [i for i in order if len(rows[i]) <= _LONG]
-    context = [int(cached[rows[i].slot]) + len(rows[i]) for i in short]
+    context = [int(cached[rows[i].slot]) + len(rows[i]) + rows[i].block.suffix for i in short]
     best = [0] + [0] * len(short)
     cut = [0] * (len(short) + 1)
     for end in range(1, len(short) + 1):
@@ -132,7 +229,7 @@ def _group(rows: Sequence[Row], layouts: Sequence[Layout], start: int, cache: KV
     width = int(lengths.max())
     cached = np.zeros(last - first, dtype=np.int64)  # slots without a sequence see their first entry only
     cached[slots - first] = cache.lengths[slots]
-    context = int((cache.lengths[slots] + lengths).max())
+    context = int((cache.lengths[slots] + lengths + [row.block.suffix for row in rows]).max())
     keys = np.arange(context)
     query_positions = cached[:, None] + np.arange(width)
     if all(each.visible is None for each in layouts):
@@ -148,6 +245,7 @@ def _group(rows: Sequence[Row], layouts: Sequence[Layout], start: int, cache: KV
             if base == 0:
                 visible[at, :count, 0] = False
             visible[at, :count, base : base + count] = inside
+            visible[at, :count, base + count : base + count + row.block.suffix] = True
             key_positions[at, base : base + count] = base + each.depth
             query_positions[at, :count] = base + each.depth
     gather = scatter = None

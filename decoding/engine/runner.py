@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -16,8 +17,10 @@ from transformers import PreTrainedModel
 from decoding.engine.attention import ShapeProbe, attending
 from decoding.engine.block import Block
 from decoding.engine.cache import KVCache
+from decoding.engine.fused import fuse
 from decoding.engine.kernels import FastLinears
-from decoding.engine.packing import Row, pack
+from decoding.engine.packing import Row, flatten, pack
+from decoding.engine.precision import round_to_int8
 from decoding.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -27,14 +30,17 @@ class Runner:
     """Runs any Hugging Face decoder model that honours the attention interface.
 
     model: the transformers model, left as it is; slots: sequences held at once; capacity: tokens per
-    sequence, by default the model's context up to 2,048.
+    sequence, by default the model's context up to 2,048. weights: "float32", or "int8" to round those of linear layers
+    to 8-bit integers (the model's own too, which so stays what a step can be compared with).
 
     On construction the model is tried on a few tokens, packed and unpacked. One that keeps state
     outside its attention layers (and so cannot roll back), or gives other logits when packed, is
     refused with a `ModelError`.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int = 32, capacity: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, slots: int = 32, capacity: int | None = None, weights: str = "float32"
+    ) -> None:
         self.model = model.eval()
         self.config = model.config.get_text_config()
         self.vocab = _vocabulary(model)
@@ -42,10 +48,10 @@ class Runner:
         self.context = _context_length(self.config)
         self._configs = _attention_configs(model)
         self._arguments = set(inspect.signature(model.forward).parameters)
-        self.linears = FastLinears(model)
         self._stack = _decoder_layers(model, int(self.config.num_hidden_layers))
         self.capture: tuple[int, ...] = ()
         self.captured = torch.empty(0)
+        self.features: torch.Tensor | None = None
         layers = self._probe()
         capacity = min(capacity or 2048, self.context)
         per_slot = capacity * sum(layer.bytes_per_token for layer in layers)
@@ -58,6 +64,10 @@ class Runner:
         if affordable < slots:
             logger.warning("memory allows %d slots of %d tokens instead of %d.", affordable, capacity, slots)
         self.cache = KVCache(layers, min(slots, affordable), capacity)
+        if weights == "int8":
+            round_to_int8(model)
+        self.fused = fuse(model, self.cache, weights)
+        self._linears = FastLinears(model) if self.fused is None else None
         self._check()
 
     @torch.inference_mode()
@@ -71,16 +81,46 @@ class Runner:
         layers: run only so many of the first decoder layers, then the final norm and the head. What that
         writes to the cache of these layers is what a whole pass would write.
 
-        While `capture` names layers (0 for the first), `captured` [tokens, len(capture), hidden] holds what
-        these put out, for all tokens of all rows in the order of `rows`.
+        While `capture` names layers (0 for the first), a whole pass leaves in `captured` [tokens, len(capture),
+        hidden] what these put out, for all tokens of all rows in the order of `rows`.
         """
-        step = pack(rows, self.cache, self.device)
-        with attending(self._configs, step.attention), self.linears.active(step.tokens.shape[1]):
-            with self._first(layers), self._capturing() as outputs:
+        whole = layers is None
+        if self.fused is not None:
+            tokens, places, keep = flatten(rows, self.cache)
+            depth = len(self._stack.layers) if layers is None else layers
+            logits, captured = self.fused.forward(tokens, places, keep, depth, self.capture if whole else ())
+            written = places.entries(self.cache.capacity)
+        else:
+            assert self._linears is not None
+            step = pack(rows, self.cache, self.device)
+            count = step.tokens.shape[1]
+            with (
+                attending(self._configs, step.attention),
+                self._linears.active(count),
+                self._first(layers),
+                self._capturing() as outputs,
+            ):
                 logits = self._call(step.tokens, step.positions, step.keep)
-        if self.capture:
-            self.captured = torch.stack([outputs[i] for i in self.capture], dim=1)[step.order]
+            if whole and self.capture:
+                captured = torch.stack([outputs[i] for i in self.capture], dim=1)[step.order]
+                written = step.attention.write[step.order]
+        if whole and self.capture:
+            self.captured = captured
+            if self.features is not None:
+                self.features.view(-1, *self.features.shape[2:])[written] = captured
         return logits
+
+    def keep_features(self, layers: Sequence[int]) -> None:
+        """From now on capture these layers too, and keep what they put out for every token of the cache.
+
+        `features` [slots, capacity, len(capture), hidden] holds it at the place of each token's keys and values, and
+        follows them through rollback, fork and compaction. Sequences that run already have zeros for their past.
+        """
+        wanted = tuple(sorted({*self.capture, *layers}))
+        if self.features is None or wanted != self.capture:
+            width = int(self.config.hidden_size)
+            kept = self.cache.keep(len(wanted) * width, self.model.dtype, self.device)
+            self.capture, self.features = wanted, kept.unflatten(-1, (len(wanted), width))
 
     @contextmanager
     def _first(self, layers: int | None) -> Iterator[None]:
@@ -88,12 +128,12 @@ class Runner:
         if layers is None:
             yield
             return
-        parent, name, whole = self._stack
-        setattr(parent, name, whole[:layers])
+        stack = self._stack
+        setattr(stack.parent, stack.name, stack.layers[:layers])
         try:
             yield
         finally:
-            setattr(parent, name, whole)
+            setattr(stack.parent, stack.name, stack.layers)
 
     @contextmanager
     def _capturing(self) -> Iterator[dict[int, torch.Tensor]]:
@@ -107,7 +147,7 @@ class Runner:
 
             return hook
 
-        hooks = [self._stack[2][layer].register_forward_hook(keep(layer)) for layer in self.capture]
+        hooks = [self._stack.layers[layer].register_forward_hook(keep(layer)) for layer in self.capture]
         try:
             yield outputs
         finally:
@@ -151,9 +191,12 @@ class Runner:
         prompts = prompts[: len(slots)]
         try:
             pieces = []
-            for begin, end in ((0, 4), (4, 9)):
+            # An encoder's own attention looks both ways, so all of a sequence has to be there at once.
+            encoder = type(self.model).__name__.endswith("ForMaskedLM")
+            for begin, end in ((0, 9),) if encoder else ((0, 4), (4, 9)):
                 rows = [
-                    Row(s, p[begin : begin + 1], Block(p[begin + 1 : end])) for s, p in zip(slots, prompts, strict=True)
+                    Row(s, p[begin : begin + 1], Block(p[begin + 1 : end]), span=0 if encoder else 1)
+                    for s, p in zip(slots, prompts, strict=True)
                 ]
                 logits = self.forward(rows)
                 pieces.append(logits.split([len(row) for row in rows]))
@@ -165,6 +208,8 @@ class Runner:
                     self.model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False).logits[0].float()
                 )
                 loose = 1e-3 if self.model.dtype == torch.float32 else 0.1
+                if self.fused is not None and self.fused.weights != "float32":
+                    loose = 0.03  # inputs are rounded as well
                 gap = (ours - plain).abs().max() / plain.abs().max().clamp(min=1e-6)
                 if not gap <= loose:
                     raise ModelError(
@@ -181,12 +226,20 @@ class Runner:
         return (torch.arange(count, device=self.device) * 7919 + 11) % rows
 
 
-def _decoder_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, str, nn.ModuleList]:
+@dataclass(frozen=True)
+class _Stack:
     """The list of decoder layers, the module that holds it, and its name there."""
+
+    parent: nn.Module
+    name: str
+    layers: nn.ModuleList
+
+
+def _decoder_layers(model: PreTrainedModel, count: int) -> _Stack:
     for parent in model.modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
-                return parent, name, child
+                return _Stack(parent, name, child)
     raise ModelError(f"this {model.config.model_type} model keeps its {count} layers in no list, so it cannot be run.")
 
 
