@@ -25,8 +25,10 @@ from decoding.errors import (
 )
 from decoding.strategies import (
     Autoregressive,
+    BlockDiffusion,
     Jacobi,
     Lookahead,
+    MaskPredict,
     SkeletonOfThought,
     Speculative,
     Strategy,
@@ -43,6 +45,7 @@ __all__ = [
     "Autoregressive",
     "Backend",
     "Block",
+    "BlockDiffusion",
     "CapabilityError",
     "Commit",
     "ContextOverflow",
@@ -55,6 +58,7 @@ __all__ = [
     "Jacobi",
     "LocalBackend",
     "Lookahead",
+    "MaskPredict",
     "Metrics",
     "ModelError",
     "OpenAIBackend",

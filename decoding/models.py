@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from decoding.checkpoint import first_line, quiet_transformers, read_model
 from decoding.errors import InvalidRequest, ModelError, UnknownName
 from decoding.gguf_cache import converted
+from decoding.masked import Masking, masking_of, read_masked
 
 if TYPE_CHECKING:
     import torch
@@ -60,18 +61,20 @@ class Alias:
 class LoadedModel:
     """A model ready to run, and its tokenizer.
 
-    name: short, for tables. source: what it was read from, a folder or a hub id.
+    name: short, for tables. source: what it was read from, a folder or a hub id. masking: for a masked checkpoint,
+    how it fills in.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     source: str
+    masking: Masking | None = None
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the generation config's, else the tokenizer's; may be empty."""
-        config = self.model.generation_config
+        config = getattr(self.model, "generation_config", None)  # encoders have none
         ids = config.eos_token_id if config is not None else None
         if ids is None:
             ids = self.tokenizer.eos_token_id
@@ -108,7 +111,7 @@ def load_model(
     device_map: DeviceMap | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer, in evaluation mode.
+    """Load a language model, causal or masked (see `decoding.masked`), and its tokenizer, in evaluation mode.
 
     name_or_path: an alias, a folder in Hugging Face's layout, a .gguf file (converted once, then cached)
         or a hub id "owner/name" (the hub's local cache first, then the network). Only safetensors weights
@@ -267,11 +270,13 @@ def _check_hub_has(repo: str) -> None:
 
 
 def _read(source: str, name: str, options: _Options, *, local_files_only: bool) -> LoadedModel:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PretrainedConfig
 
     where = {"trust_remote_code": options.trust_remote_code, "local_files_only": local_files_only}
     device_map = dict(options.device_map) if isinstance(options.device_map, Mapping) else options.device_map
-    model = read_model(source, dtype=options.dtype, device_map=device_map, use_safetensors=True, **where)
+    how = {"dtype": options.dtype, "device_map": device_map, "use_safetensors": True}
+    config, _ = PretrainedConfig.get_config_dict(source, local_files_only=local_files_only)
+    model = read_masked(source, config, local_files_only=local_files_only, **how) or read_model(source, **how, **where)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    return LoadedModel(model.eval(), tokenizer, name, source)
+    return LoadedModel(model.eval(), tokenizer, name, source, masking_of(config, tokenizer))

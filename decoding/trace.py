@@ -6,8 +6,22 @@ definition can change without running anything again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What one sequence's block held in one step, kept on request (`Engine.filming`).
+
+    at: new tokens the sequence had before the step. guesses, parents: the block, as in `engine.block.Block`.
+    gained: the tokens it was committed.
+    """
+
+    at: int
+    guesses: tuple[int, ...]
+    parents: tuple[int, ...] | None
+    gained: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +41,12 @@ class Step:
     prefill: the step read prompt tokens (the last prefill step also commits the first new token).
     reused: prompt tokens whose keys and values were taken from another sequence (first step only).
     drafter: who guessed; "" if nobody did.
+    written, revised: places of the block that got a token, and that lost or changed theirs (masked refinement, where
+        nothing is guessed and `committed` counts finished blocks only).
+    expected: tokens that the sequence was expected to gain, bonus token included; 0 if nobody estimated.
+    sources: who made each confirmed guess, in order, separated by spaces, where the drafter combines several;
+        "a+b" if both did. offered: how many guesses each of them made, as "a=3 b=5".
+    frame: what the block held, if that was asked for; not part of records.
     """
 
     step: int
@@ -44,6 +64,12 @@ class Step:
     prefill: bool
     reused: int = 0
     drafter: str = ""
+    written: int = 0
+    revised: int = 0
+    expected: float = 0.0
+    sources: str = ""
+    offered: str = ""
+    frame: Frame | None = None
 
     @property
     def end(self) -> float:
@@ -125,6 +151,113 @@ def acceptance_histogram(trace: Sequence[Step]) -> dict[int, int]:
         if not step.prefill:
             counts[step.committed] = counts.get(step.committed, 0) + 1
     return dict(sorted(counts.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a token came from. step: number of the forward pass that confirmed it. drafter: who guessed it, "" for the
+    model itself."""
+
+    step: int
+    drafter: str
+
+
+def origins(trace: Iterable[Step]) -> list[Origin]:
+    """The origin of every token of one sequence, in order."""
+    found = []
+    for step in trace:
+        guessed = min(step.accepted, step.committed)
+        names = step.sources.split() if step.sources else [step.drafter] * guessed
+        found += [Origin(step.step, name) for name in names[:guessed]]
+        found += [Origin(step.step, "")] * (step.committed - guessed)
+    return found
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """Guesses that one drafter made, and how many of them were confirmed; the others were wasted. A guess that two made
+    counts for both."""
+
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What guessing brought, over the passes after prefill.
+
+    passes: sequences × passes. acceptance_length: tokens committed per pass, bonus token included. histogram: tokens
+    committed → passes. by_position: for the 1st, 2nd … guess of a chain, how often one was offered that far (in a tree:
+    how often there were so many guesses), and how often it and all before it were confirmed. by_source: per drafter.
+    wasted: guesses verified in vain. expected: tokens expected, and measured: tokens gained, in the passes for which
+    there was an expectation. draft_seconds: choosing and making guesses; verify_seconds: forward passes and
+    confirmation; other_seconds: the rest of the answer's time (prompts, queueing, text).
+    """
+
+    passes: int
+    acceptance_length: float
+    histogram: Mapping[int, int]
+    by_position: Sequence[tuple[int, int]]
+    by_source: Mapping[str, SourceShare]
+    wasted: int
+    expected: float
+    measured: int
+    draft_seconds: float
+    verify_seconds: float
+    other_seconds: float
+
+    def speedups(self, plain_seconds: float) -> tuple[float, float]:
+        """(expected, measured) speed-up of the decoding passes if plain decoding takes so many seconds per token:
+        tokens expected, or gained, times `plain_seconds` ÷ the seconds that the passes took."""
+        spent = self.draft_seconds + self.verify_seconds
+        if not spent:
+            return 0.0, 0.0
+        gained = self.acceptance_length * self.passes
+        share = self.expected / self.measured if self.measured else 1.0
+        return gained * share * plain_seconds / spent, gained * plain_seconds / spent
+
+
+def speculation(trace: Iterable[Step], *, seconds: float = 0.0) -> Speculation:
+    """What guessing brought; `seconds` is the answer's time on a clock on the wall."""
+    decode = [step for step in trace if not step.prefill]
+    histogram = acceptance_histogram(decode)
+    committed = sum(step.committed for step in decode)
+    verified = [step for step in decode if step.drafted]
+    deepest = max((step.accepted for step in verified), default=0)
+    longest = max((step.drafted for step in verified), default=0)
+    shares: dict[str, list[int]] = {}
+    for step in verified:
+        for name, count in _offers(step).items():
+            shares.setdefault(name, [0, 0])[0] += count
+        for origin in origins([step]):
+            for name in origin.drafter.split("+") if origin.drafter else ():
+                shares.setdefault(name, [0, 0])[1] += 1
+    foreseen = [step for step in decode if step.expected]
+    once = {step.step: step for step in decode}.values()  # sequences of one pass share its time
+    draft, verify = sum(step.plan for step in once), sum(step.forward + step.commit for step in once)
+    return Speculation(
+        passes=len(decode),
+        acceptance_length=committed / len(decode) if decode else 0.0,
+        histogram=histogram,
+        by_position=tuple(
+            (sum(step.drafted >= j for step in verified), sum(step.accepted >= j for step in verified))
+            for j in range(1, min(deepest + 1, longest) + 1)
+        ),
+        by_source={name: SourceShare(*share) for name, share in sorted(shares.items())},
+        wasted=sum(step.drafted - step.accepted for step in verified),
+        expected=sum(step.expected for step in foreseen),
+        measured=sum(step.committed for step in foreseen),
+        draft_seconds=draft,
+        verify_seconds=verify,
+        other_seconds=max(0.0, seconds - draft - verify),
+    )
+
+
+def _offers(step: Step) -> dict[str, int]:
+    if not step.offered:
+        return {step.drafter: step.drafted}
+    pairs = (offer.rpartition("=") for offer in step.offered.split())
+    return {name: int(count) for name, _, count in pairs}
 
 
 def shifted(trace: Iterable[Step], seconds: float) -> list[Step]:

@@ -37,12 +37,14 @@ class KVCache:
     keys[i], values[i]: layer i, [slots, heads, capacity, head_dim].
     tokens: [slots, capacity] the ids that each slot's entries were computed from.
     lengths: [slots] how many of them are committed.
+    spans: [slots] how far attention looked ahead when they were computed, see `Decoder.span`.
     """
 
     def __init__(self, layers: Sequence[LayerShape], slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
         self.tokens = np.zeros((slots, capacity), dtype=np.int64)
         self.lengths = np.zeros(slots, dtype=np.int64)
+        self.spans = np.ones(slots, dtype=np.int64)
         self._free = set(range(slots))
         # Layers of one shape share one tensor, so that copying tokens between slots is one operation.
         self._stacks: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -58,6 +60,16 @@ class KVCache:
             self._stacks.append((keys, values))
             for row, i in enumerate(members):
                 self.keys[i], self.values[i] = keys[row], values[row]
+
+    def keep(self, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """[slots, capacity, width] zeros for something else that is known per token. From now on it follows the keys
+        and values wherever entries are copied, moved or wiped. What was cached before serves nobody as a prefix."""
+        shape = LayerShape(1, width, 0, dtype, device)
+        kept, nothing = (_zeros((1, self.slots, 1, self.capacity, dim), shape) for dim in (width, 0))
+        self._stacks.append((kept, nothing))
+        self.forget()
+        self.tokens[:] = -1  # of slots in use: no prompt begins like this
+        return kept[0, :, 0]
 
     @property
     def free(self) -> int:
@@ -76,14 +88,16 @@ class KVCache:
         run = np.where(same.all(axis=1), width, same.argmin(axis=1)) if width else np.zeros(self.slots, np.int64)
         return np.minimum(run, self.lengths)
 
-    def acquire(self, prompt: Sequence[int]) -> tuple[int, int]:
+    def acquire(self, prompt: Sequence[int], span: int = 1) -> tuple[int, int]:
         """Take a free slot for `prompt` and fill it with the longest prefix any slot has of it.
 
         Returns (slot, reused tokens). At least the prompt's last token is left to compute, since its
-        logits are needed. Contents of other slots do not change. Needs a free slot.
+        logits are needed. span: entries computed with another one do not serve; those of a stretch of which not all
+        tokens are the same do not either. Contents of other slots do not change. Needs a free slot.
         """
         tokens = np.asarray(prompt, dtype=np.int64)
-        common = np.minimum(self.shared_prefix(tokens), len(tokens) - 1)
+        common = np.where(self.spans == span, self.shared_prefix(tokens), 0)
+        common = np.minimum(common // span * span if span else 0 * common, len(tokens) - 1)
         source = int(common.argmax())
         reused = int(common[source])
         if reused and source in self._free:
@@ -96,6 +110,7 @@ class KVCache:
                 self._copy(source, slot, reused)
         self._free.remove(slot)
         self.lengths[slot] = reused
+        self.spans[slot] = span
         self.tokens[slot, :reused] = tokens[:reused]
         return slot, reused
 

@@ -20,7 +20,13 @@ class Decoder(ABC):
     forward pass over everybody's blocks, and calls `commit` with what the model said. A sequence that has
     just finished its prompt comes to `commit` with an empty block. Neither call changes a sequence; state
     of a decoder's own is keyed by `sequence.id` and dropped in `forget`.
+
+    span: how far attention looks ahead. 1: not at all, every token sees those before it. n: tokens see all of the
+    stretch of n positions that they are in, counted from position 0 (block-causal). 0: everything sees everything.
+    Anything but 1 is for masked refinement: `commit` may then commit nothing yet, and is first called with a block.
     """
+
+    span: int = 1
 
     def plan(self, sequences: List[Sequence]) -> list[Block]:
         """One block per sequence, of at most `sequence.room` levels. The default guesses nothing."""
@@ -28,7 +34,8 @@ class Decoder(ABC):
 
     @abstractmethod
     def commit(self, sequences: List[Sequence], output: Output) -> list[Commit]:
-        """The tokens each sequence gains, at least one. `output` holds the model's verdict on the blocks."""
+        """The tokens each sequence gains, at least one unless the span allows for less. `output` holds the model's
+        verdict on the blocks."""
 
     def forget(self, sequence: Sequence) -> None:  # noqa: B027 - most decoders keep nothing
         """The sequence has ended, for whatever reason."""

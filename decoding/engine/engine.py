@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
@@ -15,14 +16,14 @@ from typing import TypeVar
 
 import torch
 
-from decoding.engine.block import Block, Commit
+from decoding.engine.block import Block, Commit, settled
 from decoding.engine.decoder import Decoder
 from decoding.engine.output import Output
 from decoding.engine.packing import Row
 from decoding.engine.runner import Runner
 from decoding.engine.sequence import CommitHook, Sequence
 from decoding.errors import ContextOverflow, InvalidRequest, ModelError
-from decoding.trace import Step
+from decoding.trace import Frame, Step
 from decoding.types import FinishReason, SamplingParams
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ class Engine:
     """Decodes sequences on one runner.
 
     step_tokens: prompts are read in chunks so that a step holds about this many tokens in all.
+    filming: set it, and every step keeps what its block held (`Step.frame`).
     """
 
     def __init__(self, runner: Runner, step_tokens: int = 512) -> None:
@@ -44,6 +46,7 @@ class Engine:
         self.cache = runner.cache
         self.step_tokens = step_tokens
         self.steps = 0
+        self.filming = False
         self._ids = itertools.count()
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -118,11 +121,12 @@ class Engine:
             if not self.cache.free:
                 return
             cached = int(self.cache.shared_prefix(sequence.prompt_array).max())
-            coming = max((_common_prefix(s, sequence) for s in self._running if s.pending > 1), default=0)
+            alike = (s for s in self._running if s.reading and s.span == sequence.span == 1)
+            coming = max((_common_prefix(s, sequence) for s in alike), default=0)
             if coming - cached >= _WORTH_WAITING:
                 continue
             self._waiting.remove(sequence)
-            sequence.slot, sequence.reused = self.cache.acquire(sequence.prompt)
+            sequence.slot, sequence.reused = self.cache.acquire(sequence.prompt, sequence.span)
             sequence.cached = sequence.reused
             self._running.append(sequence)
 
@@ -132,7 +136,7 @@ class Engine:
         Sequences that decode get their decoder's block; prompts share what is left of the step.
         """
         blocks: dict[Sequence, Block] = {}
-        for decoder, members in _by_decoder(s for s in self._running if s.pending == 1):
+        for decoder, members in _by_decoder(s for s in self._running if not s.reading):
             for sequence, block in self._contain(members, decoder.plan):
                 blocks[sequence] = block
         for sequence in list(blocks):
@@ -142,26 +146,28 @@ class Engine:
                 del blocks[sequence]
                 self._fail(sequence, error)
                 continue
-            if len(sequence.tokens) + len(blocks[sequence]) > self.cache.capacity:
+            if len(sequence.tokens) + len(blocks[sequence]) + blocks[sequence].suffix > self.cache.capacity:
                 blocks[sequence] = Block()  # no room for the guesses: decode plainly
-        left = self.step_tokens - sum(1 + len(block) for block in blocks.values())
+        left = self.step_tokens - sum(sequence.pending + len(block) for sequence, block in blocks.items())
         left = max(left, _LEAST_PREFILL)
         rows: dict[Sequence, Row] = {}
         for _, members in _by_decoder(self._running):
             for sequence in members:
                 if sequence in blocks:
-                    rows[sequence] = Row(sequence.slot, sequence.tokens[-1:], blocks[sequence])
+                    pending = sequence.tokens[sequence.cached :]
+                    rows[sequence] = Row(sequence.slot, pending, blocks[sequence], span=sequence.span)
                 elif left > 0:
-                    chunk = sequence.tokens[sequence.cached : sequence.cached + left]
+                    chunk = sequence.tokens[sequence.cached : _chunk_end(sequence, left)]
                     left -= len(chunk)
-                    rows[sequence] = Row(sequence.slot, chunk, Block(), logits=len(chunk) == sequence.pending)
+                    last = sequence.span == 1 and len(chunk) == sequence.pending
+                    rows[sequence] = Row(sequence.slot, chunk, Block(), logits=last, span=sequence.span)
         return rows
 
     def _run(self, rows: dict[Sequence, Row], began: float) -> None:
         planned = time.perf_counter()
         logits = self._forward(rows)
         ran = time.perf_counter()
-        gains = {s: _Gain(prefill=s.pending > 1 or not s.new_tokens) for s in rows}
+        gains = {s: _Gain(prefill=s.reading or (s.span == 1 and not s.new_tokens)) for s in rows}
         judged = [s for s, row in rows.items() if row.logits]
         if judged:
             assert logits is not None
@@ -177,7 +183,7 @@ class Engine:
         self.cache.move([move for gain in gains.values() for move in gain.moves])
         for sequence, row in rows.items():
             if not row.logits:
-                self._store(sequence, row.pending)
+                self._keep(sequence, row, min(sequence.cached + len(row.pending), len(sequence.tokens) - 1))
         self._record(rows, gains, began, planned, ran)
         for sequence, gain in gains.items():
             if gain.ends is not None:
@@ -220,7 +226,7 @@ class Engine:
 
     def _accept(self, sequence: Sequence, row: Row, commit: Commit, output: Output, gain: _Gain) -> None:
         """Append a commit's tokens, up to where the sequence ends."""
-        if not commit.tokens:
+        if not commit.tokens and sequence.span == 1:
             raise RuntimeError(f"{type(sequence.decoder).__name__} committed no token in a step.")
         tokens = list(commit.tokens[: sequence.limit - len(sequence.tokens)])
         if len(sequence.tokens) + len(tokens) == sequence.limit:
@@ -231,22 +237,41 @@ class Engine:
                 del tokens[count:]
                 gain.ends = "eos"
         if sequence.params.logprobs:
-            sequence.logprobs += output.logprobs(sequence, commit, len(tokens))
-        gain.accepted = min(len(commit.tokens) - 1, len(tokens))
+            known = commit.logprobs
+            sequence.logprobs += (
+                output.logprobs(sequence, commit, len(tokens)) if known is None else known[: len(tokens)]
+            )
+        gain.accepted = min(len(commit.tokens) - 1, len(tokens)) if sequence.span == 1 else 0
         path = range(gain.accepted) if commit.path is None else commit.path[: gain.accepted]
         base = sequence.cached + len(row.pending)  # where the block's first guess was written
         gain.moves = [(sequence.slot, base + node, base + place) for place, node in enumerate(path) if node != place]
-        self._store(sequence, [*row.pending, *(row.block.tokens[node] for node in path)])
+        gain.expected = commit.expected
+        gain.sources = [commit.sources[node] for node in path] if commit.sources else []
+        gain.offered = Counter(name for label in commit.sources for name in label.split("+"))
+        if sequence.span == 1:
+            self._store(sequence, [*row.pending, *(row.block.tokens[node] for node in path)])
+        else:
+            gain.written, gain.revised = commit.written, commit.revised
+            final = settled(len(sequence.tokens), sequence.span)
+            self._keep(sequence, row, final if commit.reuse is None else commit.reuse)
         sequence.tokens += tokens
         sequence.draws += 1
         gain.committed = len(tokens)
-        if sequence.on_commit is not None:
+        if sequence.on_commit is not None and tokens:
             keep = sequence.on_commit(sequence, tokens)
             if keep is not None:
                 del sequence.tokens[len(sequence.tokens) - len(tokens) + keep :]
                 del sequence.logprobs[len(sequence.new_tokens) :]
                 gain.committed = keep
                 gain.ends = "stop"
+
+    def _keep(self, sequence: Sequence, row: Row, length: int) -> None:
+        """Count the entries of the first `length` committed tokens; all of them have been written by now."""
+        if length < sequence.cached:
+            self.cache.truncate(sequence.slot, length)
+            sequence.cached = length
+        else:
+            self._store(sequence, row.pending[: length - sequence.cached])
 
     def _store(self, sequence: Sequence, tokens: Tokens[int]) -> None:
         self.cache.commit(sequence.slot, tokens)
@@ -270,12 +295,18 @@ class Engine:
                     batch_sequences=len(rows),
                     batch_tokens=tokens,
                     tokens=len(row),
-                    drafted=len(row.block),
+                    drafted=len(row.block) if row.span == 1 else 0,
                     accepted=gain.accepted,
                     committed=gain.committed,
                     prefill=gain.prefill,
+                    written=gain.written,
+                    revised=gain.revised,
                     reused=0 if sequence.trace else sequence.reused,
                     drafter=sequence.decoder.name if row.block else "",
+                    expected=gain.expected,
+                    sources=" ".join(gain.sources),
+                    offered=" ".join(f"{name}={count}" for name, count in gain.offered.items()),
+                    frame=_frame(sequence, row.block, gain) if self.filming else None,
                 )
             )
 
@@ -300,13 +331,34 @@ class Engine:
 
 @dataclass
 class _Gain:
-    """What a step brought one sequence. `moves`: (slot, from, to) cache entries of an accepted tree path."""
+    """What a step brought one sequence. moves: (slot, from, to) cache entries of an accepted tree path. sources: who made
+    each accepted guess, offered: how many each made, where the commit says so."""
 
     prefill: bool
     accepted: int = 0
     committed: int = 0
     moves: list[tuple[int, int, int]] = field(default_factory=list)
     ends: FinishReason | None = None
+    written: int = 0
+    revised: int = 0
+    expected: float = 0.0
+    sources: list[str] = field(default_factory=list)
+    offered: Counter[str] = field(default_factory=Counter)
+
+
+def _frame(sequence: Sequence, block: Block, gain: _Gain) -> Frame:
+    gained = tuple(sequence.tokens[len(sequence.tokens) - gain.committed :])
+    parents = None if block.parents is None else tuple(block.parents)
+    return Frame(len(sequence.new_tokens) - gain.committed, tuple(block.tokens), parents, gained)
+
+
+def _chunk_end(sequence: Sequence, tokens: int) -> int:
+    """Where to stop reading a prompt in a step that has room for so many tokens of it: whole stretches only, since the
+    tokens of one see each other."""
+    if sequence.span == 1:
+        return sequence.cached + tokens
+    stretches = max(sequence.cached // sequence.span + 1, (sequence.cached + tokens) // sequence.span)
+    return min(stretches, len(sequence.prompt) // sequence.span) * sequence.span
 
 
 def _commit(decoder: Decoder, output: Output, members: list[Sequence]) -> list[Commit]:

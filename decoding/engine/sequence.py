@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from decoding.engine.block import settled
 from decoding.engine.decoder import Decoder
 from decoding.trace import Step
 from decoding.types import FinishReason, SamplingParams
@@ -61,5 +62,17 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Committed tokens that the cache does not hold yet; 1 between decoding steps."""
+        """Committed tokens that the cache does not hold yet; 1 between decoding steps if attention is causal."""
         return len(self.tokens) - self.cached
+
+    @property
+    def span(self) -> int:
+        """How far attention looks ahead, see `Decoder.span`."""
+        return self.decoder.span
+
+    @property
+    def reading(self) -> bool:
+        """Whether its prompt has to be read further before its decoder plans."""
+        if self.span == 1:
+            return self.pending > 1
+        return not self.new_tokens and self.cached < settled(len(self.prompt), self.span)

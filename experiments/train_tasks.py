@@ -1,0 +1,276 @@
+"""Train a small model on the tasks of `experiments.tasks`: causal, block diffusion, or Mask-Predict; same size, same data.
+
+    python -m experiments.train_tasks block-diffusion --steps 6000 --output runs/tasks/block-diffusion
+    accelerate launch -m experiments.train_tasks causal --steps 6000 --output runs/tasks/causal
+
+`--output` becomes a model folder that `decoding.load` takes, written anew (whole or not at all) whenever the validation
+loss is the best so far; `--resume` goes on from the last checkpoint inside it. Objectives:
+
+causal            cross-entropy of the next token.
+block-diffusion   SDAR-like (Cheng et al. 2025): attention is block-causal, and one block of the answer has a uniform
+                  share of its tokens masked. A few visible ones are wrong, so that the model also learns to revise.
+mask-predict      CMLM (Ghazvininejad et al. 2019) without an encoder: full attention, a uniform number of masks, and the
+                  answer's length as one more token to predict, before anything of the answer is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from experiments.tasks import BOS, EOS, LENGTH, LONGEST_ANSWER, MASK, PAD, encode, examples, tokenizer
+
+BLOCK = 16
+WRONG = 0.05  # share of visible answer tokens that are replaced by another
+KEEP_WEIGHT = 0.2  # of the loss at visible tokens, against 1 at masked ones
+_POOL = 8  # batches drawn together and sorted by length, so that little is padded
+
+Item = tuple[list[int], list[int]]
+"""Token ids of a prompt and its answer."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens, labels: [rows, width] (labels in place, not shifted). weights: [rows, width] of each label's loss.
+    visible: boolean, broadcast to [rows, 1, width, width]; None for causal attention."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    visible: torch.Tensor | None
+
+
+def causal(items: list[Item], draw: torch.Generator) -> Batch:
+    """Every token of the answer and its end, given all before it."""
+    rows = [[*prompt, *answer, EOS] for prompt, answer in items]
+    labels = _padded(rows)
+    weights = torch.zeros(labels.shape)
+    for i, (prompt, answer) in enumerate(items):
+        weights[i, len(prompt) : len(prompt) + len(answer) + 1] = 1
+    # The logit at a place predicts the next one.
+    return Batch(labels, F.pad(labels[:, 1:], (0, 1), value=PAD), F.pad(weights[:, 1:], (0, 1)), None)
+
+
+def block_diffusion(items: list[Item], draw: torch.Generator) -> Batch:
+    """One block of each answer, partly masked, given all blocks before it. Behind the answer a block holds EOS."""
+    rows, open_from = [], []
+    for prompt, answer in items:
+        end = len(prompt) + len(answer) + 1
+        first, last = len(prompt) // BLOCK, (end - 1) // BLOCK
+        block = int(torch.randint(first, last + 1, (), generator=draw))
+        stop = (block + 1) * BLOCK
+        rows.append([*prompt, *answer, *[EOS] * BLOCK][:stop])
+        open_from.append(max(block * BLOCK, len(prompt)))
+    labels = _padded(rows)
+    span = torch.arange(labels.shape[1]) // BLOCK
+    lengths = torch.tensor([len(row) for row in rows])
+    place = torch.arange(labels.shape[1])
+    opened = (place >= torch.tensor(open_from)[:, None]) & (place < lengths[:, None])
+    tokens, weights = _noised(labels, opened, draw)
+    return Batch(tokens, labels, weights, (span[:, None] >= span)[None, None])
+
+
+def mask_predict(items: list[Item], draw: torch.Generator) -> Batch:
+    """The answer, partly masked, behind its length; or the length alone (one time in four), from the prompt."""
+    alone = (torch.rand(len(items), generator=draw) < 0.25).tolist()
+    rows = [
+        [*prompt, LENGTH + len(answer) - 1] + ([] if only else answer)
+        for (prompt, answer), only in zip(items, alone, strict=True)
+    ]
+    labels = _padded(rows)
+    lengths = torch.tensor([len(row) for row in rows])
+    starts = torch.tensor([len(prompt) + (not only) for (prompt, _), only in zip(items, alone, strict=True)])
+    place = torch.arange(labels.shape[1])
+    there = place < lengths[:, None]
+    tokens, weights = _noised(labels, there & (place >= starts[:, None]), draw)
+    return Batch(tokens, labels, weights, there[:, None, None, :].expand(-1, 1, labels.shape[1], -1))
+
+
+OBJECTIVES: dict[str, Callable[[list[Item], torch.Generator], Batch]] = {
+    "causal": causal,
+    "block-diffusion": block_diffusion,
+    "mask-predict": mask_predict,
+}
+
+
+def _padded(rows: list[list[int]]) -> torch.Tensor:
+    out = torch.full((len(rows), max(map(len, rows))), PAD)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row)
+    return out
+
+
+def _noised(labels: torch.Tensor, opened: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask a uniform number, at least one, of each row's `opened` places, and make a few visible ones wrong.
+
+    Returns tokens and loss weights. The ELBO's 1/t weights are left out: with them a few rows with a single mask
+    dominate a batch.
+    """
+    count = opened.sum(1, keepdim=True)
+    masks = (torch.rand(len(labels), 1, generator=draw) * count).long() + 1
+    order = torch.rand(labels.shape, generator=draw).masked_fill(~opened, 2.0).argsort(1).argsort(1)
+    masked = opened & (order < masks)
+    wrong = opened & ~masked & (torch.rand(labels.shape, generator=draw) < WRONG)
+    others = labels[opened][torch.randint(int(opened.sum()), labels.shape, generator=draw)]
+    tokens = labels.masked_fill(masked, MASK).where(~wrong, others)
+    return tokens, masked.float() + KEEP_WEIGHT * (opened & ~masked).float()
+
+
+def batches(
+    fast: PreTrainedTokenizerFast, objective: str, size: int, seed: int, *, test: bool = False
+) -> Iterator[Batch]:
+    """Endless batches, each of examples of about one length."""
+    draw = torch.Generator().manual_seed(seed)
+    source = examples(seed, test=test)
+    while True:
+        items = [encode(fast, example) for example in islice(source, size * _POOL)]
+        items.sort(key=lambda item: len(item[0]) + len(item[1]))
+        for start in torch.randperm(_POOL, generator=draw).tolist():
+            yield OBJECTIVES[objective](items[start * size : (start + 1) * size], draw)
+
+
+def loss_of(model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Mean weighted cross-entropy in nats, of the places that have a label only."""
+    visible = None if batch.visible is None else batch.visible.to(device)
+    hidden = model.model(input_ids=batch.tokens.to(device), attention_mask=visible, use_cache=False).last_hidden_state
+    weights = batch.weights.to(device)
+    labelled = weights > 0
+    logits = model.lm_head(hidden[labelled])
+    losses = F.cross_entropy(logits.float(), batch.labels.to(device)[labelled], reduction="none")
+    return (losses * weights[labelled]).sum() / weights.sum()
+
+
+def new_model(objective: str, vocabulary: int, hidden: int, layers: int) -> LlamaForCausalLM:
+    """A Llama-shaped model; what makes it a masked one is said in its configuration, for `decoding.masked`."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    if objective == "block-diffusion":
+        config.masked = {"mask_token_id": MASK, "attention": "block-causal", "block_size": BLOCK, "shift": False}
+    if objective == "mask-predict":
+        lengths = list(range(LENGTH, LENGTH + LONGEST_ANSWER))
+        config.masked = {
+            "mask_token_id": MASK, "attention": "bidirectional", "shift": False, "length_token_ids": lengths
+        }  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def save(model: LlamaForCausalLM, fast: PreTrainedTokenizerFast, folder: Path, card: dict[str, object]) -> None:
+    """Write the model in float16, with its tokenizer and `training.json`, beside the old one and then in its place."""
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    copy = LlamaForCausalLM(model.config).half()
+    copy.load_state_dict({name: value.half() for name, value in model.state_dict().items()})
+    copy.save_pretrained(fresh)
+    fast.save_pretrained(fresh)
+    (fresh / "training.json").write_text(json.dumps(card, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in fresh.iterdir():
+        os.replace(file, folder / file.name)
+    fresh.rmdir()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("objective", choices=OBJECTIVES)
+    parser.add_argument("--output", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=128, help="examples per process and step (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=250, help="steps between validations (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+    options = parser.parse_args()
+    set_seed(options.seed)
+    accelerator = Accelerator()
+    fast = tokenizer()
+    model = new_model(options.objective, len(fast), options.hidden, options.layers)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
+
+    def rate(step: int) -> float:
+        """Warm-up over 200 steps, then a cosine to 2 %."""
+        done = min(step / options.steps, 1.0)
+        return min((step + 1) / 200, 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    state, first, best, spent = options.output / "checkpoint", 0, math.inf, 0.0
+    if options.resume:
+        accelerator.load_state(str(state))
+        first, best, spent = json.loads((state / "progress.json").read_text())
+        for _ in range(first):
+            schedule.step()
+    held_out = list(islice(batches(fast, options.objective, options.batch, seed=10**6, test=True), 2 * _POOL))
+    # Every process, and every resumption, draws examples of its own.
+    source = batches(fast, options.objective, options.batch, seed=1 + accelerator.process_index + 1000 * first)
+    began, running = time.perf_counter() - spent, 0.0
+    for step in range(first + 1, options.steps + 1):
+        loss = loss_of(accelerator.unwrap_model(model) if accelerator.num_processes == 1 else model, next(source),
+                       accelerator.device)  # fmt: skip
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        running += loss.item()
+        if step % options.every and step < options.steps:
+            continue
+        with torch.inference_mode():
+            plain = accelerator.unwrap_model(model)
+            losses = [float(loss_of(plain, batch, accelerator.device)) for batch in held_out]
+        validation, spent = sum(losses) / len(losses), time.perf_counter() - began
+        accelerator.print(
+            f"step {step}/{options.steps}: training loss {running / options.every:.4f}, validation loss "
+            f"{validation:.4f}, {spent:.0f} s",
+            flush=True,
+        )
+        running = 0.0
+        if accelerator.is_main_process and validation < best:
+            best = validation
+            card: dict[str, object] = {
+                "objective": options.objective,
+                "parameters": plain.num_parameters(),
+                "steps": step,
+                "examples": step * options.batch * accelerator.num_processes,
+                "validation_loss": round(validation, 5),
+                "seconds": round(spent),
+                "device": str(accelerator.device),
+                "options": {
+                    key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
+                },
+            }
+            save(plain, fast, options.output, card)
+        accelerator.save_state(str(state))
+        if accelerator.is_main_process:
+            (state / "progress.json").write_text(json.dumps([step, best, spent]))
+
+
+if __name__ == "__main__":
+    main()
