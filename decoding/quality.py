@@ -1,7 +1,8 @@
 """How good an answer is, as pure functions of text or token ids.
 
 Every score is between 0 and 1. `score` compares an answer with a question's reference in the way the question
-asks for; `similarity` and `common_prefix` compare it with another answer, usually that of plain decoding.
+asks for; `similarity` and `common_prefix` compare it with another answer, usually that of plain decoding;
+`redundancy` and `coverage` need nothing but the answer and its question.
 
 ROUGE-L and chrF are written out here, so that a figure does not depend on what happens to be installed. They
 equal the packages `rouge-score` (on ASCII text, without stemming) and `sacrebleu`; the tests compare them.
@@ -47,6 +48,39 @@ def similarity(a: str, b: str) -> float:
     the same in other words nor that one "not" turns the meaning around.
     """
     return rouge_l(a, b) if _words(a) or _words(b) else 1.0
+
+
+def redundancy(points: Sequence[str], *, order: int = 3) -> float:
+    """How much the parts of an answer repeat each other: of the runs of `order` words in all parts but the first, the
+    share that stands in an earlier part too. 0 for a single part.
+
+    Parts that were written without sight of each other, as Skeleton-of-Thought does, may say the same thing. It sees
+    the same words only: one thought in other words is missed, and a phrase that has to recur is counted.
+    """
+    seen: set[tuple[str, ...]] = set()
+    repeated = total = 0
+    for place, point in enumerate(points):
+        words = _words(point)
+        runs = [tuple(words[i : i + order]) for i in range(len(words) - order + 1)]
+        if place:
+            total += len(runs)
+            repeated += sum(run in seen for run in runs)
+        seen.update(runs)
+    return repeated / total if total else 0.0
+
+
+def coverage(question: str, answer: str) -> float:
+    """How much of the question the answer takes up: the share of the question's content words whose first six letters
+    begin a word of the answer. 1 for a question without content words.
+
+    Function words do not count; six letters stand for a word in its other forms (productive, productivity). It sees
+    whether the subject is mentioned, and neither whether what is said about it is right nor whether anything is said
+    at all: an answer that repeats the question covers it. Synonyms are missed.
+    """
+    functional = set(_FUNCTION_WORDS.split())
+    wanted = {word[:_STEM] for word in _words(question) if word not in functional and not word.isdecimal()}
+    found = {word[:_STEM] for word in _words(answer)}
+    return len(wanted & found) / len(wanted) if wanted else 1.0
 
 
 def common_prefix(tokens: Sequence[int], plain: Sequence[int]) -> int:
@@ -122,6 +156,14 @@ def has_number(text: str) -> bool:
     """Whether there is a number in the text that `numeric_match` can read."""
     return _result(text) is not None
 
+
+_STEM = 6
+_FUNCTION_WORDS = """
+a about an and any are as at be been but by can could did do does each for from give had has have her him
+his how i if in into is it its list may me might more most my no not of on or other our please shall she
+should so some such tell than that the their them then there these they this those to us was we were what
+when where which who whom whose why will with would you your
+"""
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+")
