@@ -130,6 +130,20 @@ def _parser(arguments: Sequence[str] | None) -> argparse.ArgumentParser:
         "--export", nargs="+", type=Path, default=[], metavar="FILE", help="also as .csv, .parquet, .md"
     )
 
+    judge = command("judge", "let a model compare a run's answers with plain decoding's, in both orders", _judge)
+    judge.add_argument("directory", type=Path, help="run directory; the verdicts are added to it")
+    judge.add_argument("--strategies", nargs="+", metavar="STRATEGY", help="only these (all that change the answer)")
+    judge.add_argument("--prompt", default="pair", help="a template under prompts/judge (%(default)s)")
+    judge.add_argument("--templates", metavar="DIR", help="a folder whose templates go before the shipped ones")
+    judge.add_argument("--max-new-tokens", type=int, default=512, help="of a judgment (%(default)s)")
+    _model_options(judge)
+
+    assess = command("assess", "say about a run's answers what can be said without a judge", _assess)
+    assess.add_argument("directory", type=Path, help="run directory; the figures are added to it")
+    assess.add_argument("--similarity", action="store_true", help="in meaning, to plain decoding's answer")
+    assess.add_argument("--encoder", metavar="DIR", help="a sentence encoder instead of the extra's")
+    assess.add_argument("--perplexity", metavar="MODEL", help="of the answers under this local model")
+
     command("models", "list the models that can be named, and where they are", _models)
     return parser
 
@@ -157,17 +171,36 @@ def _catalogue() -> str:
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="smollm2-135m", help="alias, folder, .gguf file or hub id (%(default)s)")
-    group.add_argument("--base-url", metavar="URL", help="ask an OpenAI-compatible server for --model instead")
-    group.add_argument("--api-key-env", metavar="VAR", help="variable that holds its key (OPENAI_API_KEY)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (a GPU if there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 (float32 on a CPU)")
     group.add_argument("--weights", default="float32", help="float32, or int8, which a CPU reads faster (%(default)s)")
     group.add_argument("--device-map", help="spread the model over devices, e.g. auto")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that a model ships")
-    group.add_argument(
-        "--slots", type=int, default=32, help="sequences held in the cache, or calls of a server, at once (%(default)s)"
-    )
+    group.add_argument("--slots", type=int, default=32, help="sequences held in the cache at once (%(default)s)")
     group.add_argument("--capacity", type=int, help="tokens per sequence (the context, at most 2048)")
+    group = parser.add_argument_group("server")
+    group.add_argument("--base-url", metavar="URL", help="ask an OpenAI-compatible server for --model instead")
+    group.add_argument("--api-key-env", metavar="VAR", help="variable that holds its key (OPENAI_API_KEY)")
+    group.add_argument("--endpoint", default="chat", help="chat or completions (%(default)s)")
+    group.add_argument("--concurrency", type=int, default=32, help="calls under way at once (%(default)s)")
+    group.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for each event (%(default)s)")
+    group.add_argument("--retries", type=int, default=4, help="further attempts after a fault (%(default)s)")
+    group.add_argument(
+        "--prefill",
+        action=argparse.BooleanOptionalAction,
+        help="whether it continues a message that was begun for it (found out)",
+    )
+    group.add_argument(
+        "--warm-prefix", type=int, default=0, metavar="CHARS", help="of calls that begin with the same CHARS, one first"
+    )
+    group.add_argument("--extra-body", action="store_true", help="it takes vLLM's parameters (top_k, min_p, ...)")
+    group.add_argument(
+        "--prices",
+        nargs=3,
+        type=float,
+        metavar=("PROMPT", "CACHED", "COMPLETION"),
+        help="money per million tokens, to tell the cost",
+    )
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -329,6 +362,20 @@ def _report(options: argparse.Namespace) -> int:
         report.export(run, path, summary=summary)
     print(f"report: {report.write_report(run, options.directory, summary=summary)}")
     return 0
+
+
+def _judge(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.cli_evaluate import judge
+
+    return judge(options, _load(options, Console(stderr=True)))
+
+
+def _assess(options: argparse.Namespace) -> int:
+    from decoding.cli_evaluate import assess
+
+    return assess(options)
 
 
 def _models(_: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from decoding.errors import InvalidRequest, UnknownName
 from decoding.questions import suites
@@ -45,6 +45,7 @@ else:
 
 if TYPE_CHECKING:
     from decoding.backends.base import Backend
+    from decoding.backends.request import Endpoint
 
 T = TypeVar("T")
 
@@ -77,8 +78,9 @@ class Schedule:
 class LoadOptions:
     """How a model is loaded (see `decoding.load`), or which server has it (`decoding.OpenAIBackend`).
 
-    api_key_env: the environment variable that holds the server's key; by default OPENAI_API_KEY.
-    slots: sequences in the cache at once, or calls of a server at once.
+    slots: sequences in the cache at once. api_key_env: the environment variable that holds the server's key; by
+    default OPENAI_API_KEY. endpoint … extra_body: see `decoding.OpenAIBackend`. prices: money per million prompt,
+    cached and completion tokens.
     """
 
     device: str | None = None
@@ -90,6 +92,14 @@ class LoadOptions:
     capacity: int | None = None
     base_url: str | None = None
     api_key_env: str | None = None
+    endpoint: str = "chat"
+    concurrency: int = 32
+    timeout: float = 60.0
+    retries: int = 4
+    prefill: bool | None = None
+    warm_prefix: int = 0
+    extra_body: bool = False
+    prices: tuple[float, ...] | None = None
 
     def load(self, model: str) -> Backend:
         """The backend for `model`. Raises InvalidRequest, ModelError or UnknownName."""
@@ -117,7 +127,24 @@ class LoadOptions:
         key = None
         if self.api_key_env is not None and (key := os.environ.get(self.api_key_env)) is None:
             raise InvalidRequest("the environment variable that api_key_env names is not set; export it first.")
-        return OpenAIBackend(base_url, model, key, concurrency=self.slots)
+        if self.prices is not None and len(self.prices) != 3:
+            raise InvalidRequest("prices are three: of prompt, cached and completion tokens.")
+        prompt_price, cached_price, completion_price = self.prices or (None, None, None)
+        return OpenAIBackend(
+            base_url,
+            model,
+            key,
+            endpoint=cast("Endpoint", self.endpoint),  # checked by the backend
+            concurrency=self.concurrency,
+            timeout=self.timeout,
+            retries=self.retries,
+            prefill=self.prefill,
+            warm_prefix=self.warm_prefix,
+            extra_body=self.extra_body,
+            prompt_price=prompt_price,
+            cached_price=cached_price,
+            completion_price=completion_price,
+        )
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,12 @@ DEFINITIONS: Mapping[str, Definition] = {
         "mean over questions of the mean of the question's measures (0 to 1)",
         "Which measures apply depends on the question: exact match, overlap with a reference, a judge.",
     ),
+    "net_win_rate": Definition(
+        "net win rate",
+        "( wins − losses ) ÷ pairs of answers that a judge compared in both orders",
+        "Against plain decoding, from −1 to 1; a win needs both orders to agree. How an answer reads, not whether it "
+        "is right.",
+    ),
     "peak_memory": Definition("peak memory", "largest over answers", "Most memory in use while an answer was made."),
     "failures": Definition(
         "failures", "answers that ended in an error or were cancelled", "They count in no other figure."

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from decoding.errors import RecordError
+from decoding.report.judgments import Judgment, read_judgments
 from decoding.report.records import BASELINE, SCHEMA, AnswerRecord, Key, Resumption, RunHeader
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Run:
     """A run read back: its header and its answers in the order they were made.
 
     notices: what was wrong with the file but could be mended, one sentence each. resumed: when it went on after an
-    interruption.
+    interruption. judgments: of its answers, if a judge was asked.
     """
 
     header: RunHeader
@@ -47,6 +48,7 @@ class Run:
     name: str = ""
     notices: tuple[str, ...] = field(default=())
     resumed: tuple[Resumption, ...] = field(default=())
+    judgments: tuple[Judgment, ...] = field(default=())
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -90,7 +92,14 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     contents = _read(path)
     if contents.header is None:
         raise RecordError(f"{path} holds no complete header, so the run never started; start it again.")
-    return Run(contents.header, tuple(contents.records), path.parent.name, contents.notices, contents.resumed)
+    return Run(
+        contents.header,
+        tuple(contents.records),
+        path.parent.name,
+        contents.notices,
+        contents.resumed,
+        read_judgments(path.parent),
+    )
 
 
 class RecordWriter:

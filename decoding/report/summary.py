@@ -27,6 +27,7 @@ from decoding.report.notices import notices
 from decoding.report.records import BASELINE, AnswerRecord
 from decoding.report.runfile import Run
 from decoding.report.statistics import Array, Interval
+from decoding.report.winrates import Judged, JudgedPair, judged
 
 QuestionId = int | str
 ByQuestion = Mapping[QuestionId, Sequence[AnswerRecord]]
@@ -75,7 +76,10 @@ class CategorySummary:
 
 @dataclass(frozen=True)
 class StrategySummary:
-    """One row of the table. Times are seconds, memory bytes; averages are over questions, failures left out."""
+    """One row of the table. Times are seconds, memory bytes; averages are over questions, failures left out.
+
+    judged: what judges made of its answers, one entry for each judge.
+    """
 
     strategy: str
     lossless: bool
@@ -95,6 +99,7 @@ class StrategySummary:
     peak_memory: int | None
     categories: Mapping[str, CategorySummary]
     comparison: Comparison | None
+    judged: tuple[Judged, ...] = ()
 
     @property
     def baseline(self) -> bool:
@@ -210,7 +215,22 @@ def _strategy(
         peak_memory=max(memory, default=None),
         categories=_categories(answers, plain if name != BASELINE else {}, estimate),
         comparison=_compare(answers, plain, estimate) if name != BASELINE and plain else None,
+        judged=_judged(run, name, answers, plain, estimate),
     )
+
+
+def _judged(
+    run: Run, name: str, answers: ByQuestion, plain: ByQuestion, estimate: Callable[..., Interval]
+) -> tuple[Judged, ...]:
+    """The verdicts on a strategy's answers, judge by judge."""
+    pairs: dict[str, list[JudgedPair]] = {}
+    for judgment in run.judgments:
+        question = judgment.question_id
+        if (judgment.model_1, judgment.model_2) == (name, BASELINE) and question in answers and question in plain:
+            ours, theirs = answers[question][0], plain[question][0]
+            pair = JudgedPair(judgment, ours.category, (len(ours.text), len(theirs.text)))
+            pairs.setdefault(", ".join(judgment.judge), []).append(pair)
+    return tuple(judged(judge, each, estimate) for judge, each in pairs.items())
 
 
 def _quality(record: AnswerRecord) -> float:

@@ -129,6 +129,13 @@ COLUMNS: tuple[Column, ...] = (
         lambda r: r.quality.estimate if r.quality else math.nan,
     ),
     Column(
+        "net_win_rate",
+        "net win rate",
+        1,
+        lambda r: f"{r.judged[0].strict.net.estimate:+.2f}" if r.judged else NOTHING,
+        lambda r: r.judged[0].strict.net.estimate if r.judged else math.nan,
+    ),
+    Column(
         "peak_memory",
         "peak memory",
         8,
