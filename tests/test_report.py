@@ -26,16 +26,20 @@ from decoding.report import (
     Run,
     Summary,
     compare_runs,
+    comparison_markdown,
+    export,
+    export_comparison,
     flat_rows,
     markdown,
     print_comparison,
     print_summary,
     summarize,
+    write_comparison,
     write_csv,
     write_parquet,
     write_report,
 )
-from decoding.report.definitions import DEFINITIONS
+from decoding.report.definitions import DEFINITIONS, OF_TWO_RUNS
 from decoding.report.measures import acceptance, first_difference, step_costs, time_shares
 from decoding.report.table import COLUMNS, columns, headline
 from decoding.trace import Metrics, Step
@@ -318,10 +322,29 @@ def test_parquet_holds_every_answer(run: Run, tmp_path: Path) -> None:
     assert parquet.read_table(tmp_path / "run.parquet").num_rows == len(run.records)
 
 
-@pytest.mark.parametrize("write", [write_csv, write_report])
+def test_the_ending_of_a_file_says_what_is_exported(run: Run, summary: Summary, tmp_path: Path) -> None:
+    export(run, tmp_path / "run.md", summary=summary)
+    assert (tmp_path / "run.md").read_text() == markdown(summary)
+    export(run, tmp_path / "run.csv")
+    assert len((tmp_path / "run.csv").read_text().splitlines()) > len(run.records)
+    for name in ("run.xlsx", "run"):
+        with pytest.raises(RecordError, match=r"\.csv, \.parquet, \.md"):
+            export(run, tmp_path / name)
+    with pytest.raises(RecordError, match=r"\.md only"):
+        export_comparison(compare_runs(run, run), tmp_path / "two.csv")
+
+
+def test_question_ids_of_one_column_have_one_type() -> None:
+    numbers = run_of(answer("x", 1, 1.0), answer("x", 2, 1.0))
+    assert [row["question_id"] for row in flat_rows(numbers)] == [1, 2]
+    mixed = run_of(answer("x", 1, 1.0), answer("x", 2, 1.0, question_id="two"))
+    assert [row["question_id"] for row in flat_rows(mixed)] == ["1", "two"]
+
+
+@pytest.mark.parametrize("write", [write_csv, write_report, export])
 def test_a_place_that_cannot_be_written_is_named(run: Run, tmp_path: Path, write: object) -> None:
     with pytest.raises(RecordError, match="nowhere"):
-        write(run, tmp_path / "nowhere" / "file")  # type: ignore[operator]
+        write(run, tmp_path / "nowhere" / "file.csv")  # type: ignore[operator]
 
 
 # Two runs
@@ -357,6 +380,19 @@ def test_a_faster_run_with_other_settings_is_seen(run: Run) -> None:
     assert "2.00×" in text
     assert "synthetic-model" in text
     assert STRATEGIES[3] in text
+    text = comparison_markdown(found)
+    assert f"In second, {STRATEGIES[2]} took 0.50 times as long" in text
+    assert f"the speed-up of {STRATEGIES[2]} left" in text
+    assert "| model | synthetic-model | other |" in text
+
+
+def test_a_run_that_changed_nothing_says_so(run: Run) -> None:
+    text = comparison_markdown(compare_runs(run, run))
+    assert "No strategy's time differs" in text
+    assert "All 64 answers have the same tokens" in text
+    assert "differs |" not in text
+    nothing = compare_runs(run_of(answer("x", 1, 1.0)), run_of(answer("y", 1, 1.0)))
+    assert "no strategy in common" in comparison_markdown(nothing)
 
 
 # The page as text
@@ -479,6 +515,23 @@ def test_the_page_loads_without_an_error_and_fits(chromium: Chromium, page: Path
 
 
 @in_browser
+@pytest.mark.parametrize("width", [400, 1600])
+def test_the_page_of_two_runs_fits_and_explains_itself(chromium: Chromium, tmp_path: Path, width: int) -> None:
+    one, other = synthetic_run(6, tokens=(5, 20)), replace(synthetic_run(6, tokens=(5, 20), seed=1), name=HOSTILE)
+    other = replace(other, header=replace(other.header, config={"model": HOSTILE}))
+    chromium.show(width=width)
+    chromium.open(write_comparison(compare_runs(one, other), tmp_path / "two.html"))
+    assert chromium.evaluate("document.documentElement.scrollWidth") <= width
+    assert chromium.evaluate("document.querySelectorAll('.strip .mark').length") == len(STRATEGIES)
+    text = chromium.evaluate("document.body.textContent")
+    assert HOSTILE in text
+    for definition in OF_TWO_RUNS.values():
+        assert definition.formula in text
+    empty = compare_runs(run_of(answer("x", 1, 1.0)), run_of(answer("y", 1, 1.0)))
+    chromium.open(write_comparison(empty, tmp_path / "empty.html"))
+
+
+@in_browser
 def test_answers_are_shown_whole_and_colored_by_their_steps(chromium: Chromium, page: Path, run: Run) -> None:
     chromium.open(page)
     records = [r for r in run.records if r.question_id == 1 and r.repeat == 0]
@@ -493,9 +546,47 @@ def test_answers_are_shown_whole_and_colored_by_their_steps(chromium: Chromium, 
     assert groups == [sum(s.committed > 0 for s in record.trace) for record in records]
     bars = chromium.evaluate("[...document.querySelectorAll('.lanes')].map(l => l.querySelectorAll('.step').length)")
     assert bars == [len(record.trace) for record in records]
+    labels = chromium.evaluate("[...document.querySelectorAll('#timeline text.faint')].map(t => t.textContent)")
+    assert labels == list(records[-1].parts)
+    lanes = chromium.evaluate("document.querySelectorAll('[data-numbers=timeline] tbody tr').length")
+    assert lanes == sum(len({step.sequence for step in record.trace}) for record in records)
+    for way in ("step", "origin", "drafter", "part", "time"):
+        chromium.evaluate(f"paint.value = '{way}', paint.dispatchEvent(new Event('change'))")
+        assert chromium.evaluate("document.querySelectorAll('.answer .text')[1].textContent") == "".join(
+            records[1].pieces
+        )
     chromium.evaluate("paint.value = 'plain', paint.dispatchEvent(new Event('change'))")
     assert chromium.evaluate("document.querySelector('.answer .text').textContent") == records[0].text
     assert chromium.evaluate("document.getElementById('repeat-label').offsetWidth") > 0
+
+
+@in_browser
+def test_confirmed_guesses_and_own_tokens_can_be_told_apart(chromium: Chromium, page: Path, run: Run) -> None:
+    chromium.open(page)
+    record = next(r for r in run.records if r.question_id == 1 and r.strategy == STRATEGIES[1])
+    chromium.evaluate("paint.value = 'origin', paint.dispatchEvent(new Event('change'))")
+    marked = chromium.evaluate(
+        "[...document.querySelectorAll('.answer')[1].querySelectorAll('.piece.d4')].map(p => p.textContent.trim())"
+    )
+    pieces, expected = iter(record.pieces), []
+    for step in record.trace:
+        gained = [next(pieces) for _ in range(step.committed)]
+        expected += ["".join(gained[: step.accepted]).strip()] * bool(step.accepted)
+    assert marked == expected
+    assert marked
+
+
+@in_browser
+def test_a_bar_and_its_words_light_up_together(chromium: Chromium, page: Path) -> None:
+    chromium.open(page)
+    chromium.evaluate(
+        "document.querySelector('.piece[data-link=\"1-5\"]')"
+        ".dispatchEvent(new PointerEvent('pointermove', {bubbles: true}))"
+    )
+    linked = "[...document.querySelectorAll('.linked')].map(n => n.tagName.toLowerCase() + n.dataset.link)"
+    assert chromium.evaluate(linked) == ["g1-5", "span1-5"]
+    chromium.evaluate("document.body.dispatchEvent(new PointerEvent('pointermove', {bubbles: true}))")
+    assert chromium.evaluate(linked) == []
 
 
 @in_browser
@@ -607,7 +698,7 @@ def test_a_screen_reader_finds_a_name_on_everything(chromium: Chromium, page: Pa
     assert [node["role"]["value"] for node in nameless if node["role"]["value"] != "table"] == []
     roles = [node["role"]["value"] for node in nodes]
     assert roles.count("heading") >= 12
-    assert chromium.evaluate("document.querySelectorAll('[data-numbers] table').length") == 7
+    assert chromium.evaluate("document.querySelectorAll('[data-numbers] table').length") == 8
     levels = chromium.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => +h.tagName[1])")
     assert all(after - before <= 1 for before, after in pairwise(levels))
 

@@ -10,8 +10,17 @@ write_report(run, directory)
 
 from decoding.report.compared import RunComparison, compare_runs
 from decoding.report.environment import Environment, environment
-from decoding.report.export import flat_rows, markdown, write_csv, write_parquet
-from decoding.report.html import write_report
+from decoding.report.export import (
+    EXPORTS,
+    comparison_markdown,
+    export,
+    export_comparison,
+    flat_rows,
+    markdown,
+    write_csv,
+    write_parquet,
+)
+from decoding.report.html import write_comparison, write_report
 from decoding.report.records import BASELINE, SCHEMA, AnswerRecord, PartRecord, RunHeader, config_hash
 from decoding.report.redaction import Json
 from decoding.report.runfile import RecordWriter, Run, read_run
@@ -20,6 +29,7 @@ from decoding.report.terminal import comparison_table, print_comparison, print_s
 
 __all__ = [
     "BASELINE",
+    "EXPORTS",
     "SCHEMA",
     "AnswerRecord",
     "Environment",
@@ -32,9 +42,12 @@ __all__ = [
     "StrategySummary",
     "Summary",
     "compare_runs",
+    "comparison_markdown",
     "comparison_table",
     "config_hash",
     "environment",
+    "export",
+    "export_comparison",
     "flat_rows",
     "markdown",
     "print_comparison",
@@ -42,6 +55,7 @@ __all__ = [
     "read_run",
     "summarize",
     "summary_table",
+    "write_comparison",
     "write_csv",
     "write_parquet",
     "write_report",

@@ -77,6 +77,27 @@ def compare_runs(first: Run, second: Run, *, seed: int = 0) -> RunComparison:
     )
 
 
+def verdict(comparison: RunComparison) -> str:
+    """What changed, in two sentences: the times, then the tokens."""
+    first, second = comparison.names
+    if not comparison.changes:
+        return f"{first} and {second} have no strategy in common."
+    changed = [
+        f"{change.strategy} took {1 / change.faster.estimate:.2f} times as long"
+        for change in comparison.changes
+        if change.faster.low > 1 or change.faster.high < 1
+    ]
+    moved = [change.strategy for change in comparison.changes if change.agree is False]
+    times = f"No strategy's time differs from {first}'s by more than chance"
+    if changed:
+        times = f"In {second}, {'; '.join(changed)}"
+    if moved:
+        times += f", and the speed-up of {', '.join(moved)} left the other run's interval"
+    same, compared = (sum(getattr(change, name) for change in comparison.changes) for name in ("identical", "compared"))
+    tokens = "All" if same == compared else f"{same} of"
+    return f"{times}. {tokens} {compared} answers have the same tokens in both."
+
+
 def _settings(first: Run, second: Run) -> Iterator[tuple[str, str, str]]:
     sides = []
     for run in (first, second):

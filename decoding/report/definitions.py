@@ -47,6 +47,11 @@ DEFINITIONS: Mapping[str, Definition] = {
         "sign-flip test of ln( t(plain) ÷ t(strategy) ), Holm-corrected over strategies",
         "The chance of so large a difference if the strategy were as fast as plain decoding.",
     ),
+    "category_p_value": Definition(
+        "p within a category",
+        "sign-flip test of ln( t(plain) ÷ t(strategy) ), Holm-corrected over strategies and categories",
+        "As p, with the questions of one category alone; many cells are looked at, so each must show more.",
+    ),
     "detectable": Definition(
         "detectable",
         "exp( (t₀.₉₇₅ + t₀.₈) · s ÷ √n ), s = standard deviation of ln( t(plain) ÷ t(strategy) )",
@@ -71,6 +76,27 @@ DEFINITIONS: Mapping[str, Definition] = {
         "acceptance length",
         "Σ tokens after prefill ÷ Σ (forwards × sequences in them)",
         "Tokens that one sequence gains per pass, bonus token included; plain decoding has 1.",
+    ),
+    "position": Definition(
+        "confirmed at position j",
+        "blocks whose first j guesses were all confirmed ÷ blocks that guessed at least j",
+        "In a tree, positions count nodes, and blocks that drafted as many: read the shares as lower bounds.",
+    ),
+    "step_price": Definition(
+        "price of a step",
+        "median over steps of n tokens of the forward pass's seconds",
+        "n counts the tokens of all sequences in the step. A large mark is a strategy's mean n and mean price.",
+    ),
+    "roof": Definition(
+        "roof",
+        "max( t(1), n · t(N) ÷ N ), ridge at N · t(1) ÷ t(N)",
+        "t(1) is the price of the smallest step, N the largest measured: below the ridge reading the weights takes "
+        "the time, above it arithmetic does.",
+    ),
+    "shares": Definition(
+        "shares of the time",
+        "mean over answers of Σ plan, Σ forward and Σ commit over its steps; rest = t − their sum",
+        "Choosing blocks (plan) includes drafting; the rest is waiting, text handling and steps of other answers.",
     ),
     "identical": Definition(
         "same as plain",
@@ -98,3 +124,24 @@ DEFINITIONS: Mapping[str, Definition] = {
         "failures", "answers that ended in an error or were cancelled", "They count in no other figure."
     ),
 }
+
+OF_TWO_RUNS: Mapping[str, Definition] = {
+    "speedup": DEFINITIONS["speedup"],
+    "faster": Definition(
+        "faster by",
+        "Σ t(first run) ÷ Σ t(second run)",
+        "Sums run over the questions that the strategy answered in both runs; above 1 the second run is faster.",
+    ),
+    "agree": Definition(
+        "agree",
+        "each run's speed-up lies within the other's 95 % interval",
+        "Two runs of the same configuration should; a dash stands where one of them has no interval.",
+    ),
+    "same_tokens": Definition(
+        "same tokens",
+        "answers with the same tokens in both runs ÷ answers in both",
+        "Greedy and seeded strategies must reach all of them on the same machine.",
+    ),
+    "interval": DEFINITIONS["interval"],
+}
+"""The figures of a comparison of two runs."""

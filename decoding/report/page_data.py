@@ -121,19 +121,23 @@ def _steps(record: AnswerRecord) -> dict[str, Json]:
     """The trace by columns: starts and durations in tenths of a millisecond, drafters by their place in a list."""
     drafters = list(dict.fromkeys(step.drafter for step in record.trace))
     trace = record.trace
-    return {
+    columns: dict[str, Json] = {
         "step": [step.step for step in trace],
         "sequence": [step.sequence for step in trace],
         "start": [round(step.start * 1e4) for step in trace],
         "duration": [round((step.end - step.start) * 1e4) for step in trace],
         "tokens": [step.tokens for step in trace],
+        "reused": [step.reused for step in trace],
         "drafted": [step.drafted for step in trace],
         "accepted": [step.accepted for step in trace],
         "committed": [step.committed for step in trace],
         "prefill": [int(step.prefill) for step in trace],
         "drafter": [drafters.index(step.drafter) for step in trace],
-        "drafters": drafters,
+        "drafters": list(drafters),
     }
+    if any(step.sources for step in trace):
+        columns["sources"] = [step.sources for step in trace]
+    return columns
 
 
 def _title(question: str) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from decoding.report.compared import RunComparison
 from decoding.report.statistics import Interval
 from decoding.report.summary import Comparison, StrategySummary, Summary
 
@@ -154,6 +155,23 @@ def columns(summary: Summary) -> tuple[Column, ...]:
         return any(values) if column.key == "failures" else any(math.isfinite(value) for value in values)
 
     return tuple(column for column in COLUMNS if tells(column))
+
+
+def comparison_cells(comparison: RunComparison) -> tuple[list[str], list[list[str]]]:
+    """Two runs as a heading and one row of cells per strategy that both have."""
+    first, second = comparison.names
+    head = ["strategy", f"speed-up in {first}", f"in {second}", "agree", f"{second} is faster by", "same tokens"]
+    rows = [
+        [
+            change.strategy,
+            *(ratio(speedup) for speedup in change.speedups),
+            NOTHING if change.agree is None else "yes" if change.agree else "no",
+            ratio(change.faster),
+            f"{change.identical}/{change.compared}",
+        ]
+        for change in comparison.changes
+    ]
+    return head, rows
 
 
 def headline(summary: Summary) -> str:

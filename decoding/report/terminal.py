@@ -9,10 +9,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from decoding.report.compared import RunComparison
+from decoding.report.compared import RunComparison, verdict
 from decoding.report.statistics import Interval
 from decoding.report.summary import StrategySummary, Summary
-from decoding.report.table import Column, columns, headline, ratio
+from decoding.report.table import Column, columns, comparison_cells, headline
 
 _NAME_WIDTH = 28
 _GAP = 2
@@ -48,18 +48,18 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
 def comparison_table(comparison: RunComparison) -> Table:
     """One row per strategy that both runs have."""
     table = _table()
-    table.add_column("strategy")
-    first, second = comparison.names
-    for title in (f"speed-up in {first}", f"in {second}", "agree", f"{second} is faster by", "same tokens"):
+    (name, *titles), rows = comparison_cells(comparison)
+    table.add_column(name)
+    for title in titles:
         table.add_column(title, justify="right")
-    for change in comparison.changes:
-        agree = Text("–") if change.agree is None else Text("yes", "green") if change.agree else Text("no", "red")
+    for change, (strategy, one, other, agree, faster, same) in zip(comparison.changes, rows, strict=True):
         table.add_row(
-            Text(_wrapped(change.strategy), style="bold"),
-            *(ratio(speedup) for speedup in change.speedups),
-            agree,
-            Text(ratio(change.faster), style=_sided(change.faster)),
-            f"{change.identical}/{change.compared}",
+            Text(_wrapped(strategy), style="bold"),
+            one,
+            other,
+            Text(agree, {"yes": "green", "no": "red"}.get(agree, "")),
+            Text(faster, style=_sided(change.faster)),
+            same,
         )
     return table
 
@@ -67,7 +67,7 @@ def comparison_table(comparison: RunComparison) -> Table:
 def print_comparison(comparison: RunComparison, console: Console | None = None) -> None:
     """Print what changed from the first run to the second."""
     console = console or Console()
-    parts: list[RenderableType] = [comparison_table(comparison)]
+    parts: list[RenderableType] = [Text(verdict(comparison)), "", comparison_table(comparison)]
     if comparison.missing:
         parts += ["", Text(f"Only in one of the runs: {', '.join(comparison.missing)}.", style="yellow")]
     if comparison.settings:

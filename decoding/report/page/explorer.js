@@ -28,19 +28,30 @@ function explorer(state) {
     return groups.size ? [...groups.values()].flat().map((option) => option.place) : [];
   };
 
+  /** Everybody who guessed in the answers to this question; colors follow this order. */
+  const guessers = () => [...new Set(questionAt(shown.place).answers.flatMap((answer) =>
+    answer.steps.sources ? answer.steps.sources.flatMap((names) => names.split(" ")) : answer.steps.drafters))].filter(Boolean);
+
   /** Paint the groups of tokens; returns the spans with the time at which they were written. */
   const body = (answer, strategy, steps, longest, paint) => {
-    const timed = [], drafters = answer.steps.drafters;
+    const timed = [], drafters = guessers();
     if (paint === "plain") return { nodes: [html("p", { class: "text" }, answer.text)], timed };
     let count = 0;
-    const nodes = blocksOf(answer, steps).map((block) => {
-      const spans = block.groups.map(({ step, pieces }) => {
+    const color = (step, turn, part, guesser) => ({
+      together: () => `s${strategy.index} d${depth(step.committed)}`,
+      step: () => `s${strategy.index} d${turn % 2 ? 4 : 1}`,
+      origin: () => (guesser ? `s${strategy.index} d4` : ""),
+      part: () => (part < 0 ? "" : `g${part % 6}`),
+      drafter: () => (guesser ? `g${Math.max(0, drafters.indexOf(guesser)) % 6}` : "g-none"),
+      time: () => `t${Math.min(9, Math.floor((10 * step.end) / longest))}`,
+    })[paint]();
+    const nodes = blocksOf(answer, steps).map((block, part) => {
+      const runs = block.groups.flatMap(({ step, pieces }, turn) =>
+        (step && (paint === "origin" || paint === "drafter") ? byOrigin(step, pieces) : [{ guesser: "", pieces }]).map((run) => ({ step, turn, ...run })));
+      const spans = runs.map(({ step, turn, guesser, pieces }) => {
         const from = count;
         count += pieces.length;
-        let class_ = "piece";
-        if (step && paint === "together") class_ += ` s${strategy.index} d${depth(step.committed)}`;
-        if (step && paint === "time") class_ += ` t${Math.min(9, Math.floor((10 * step.end) / longest))}`;
-        if (step && paint === "drafter") class_ += step.drafter ? ` g${drafters.filter(Boolean).indexOf(step.drafter) % 6}` : " g-none";
+        const class_ = step ? `piece ${color(step, turn, block.label ? part : -1, guesser)}`.trim() : "piece";
         // Leading space stays outside the color, where it would stand out at the end of a line.
         const space = pieces.length ? pieces[0].match(/^\s*/)[0] : "";
         const shown = pieces.map((piece, i) => (i ? piece : piece.slice(space.length)));
@@ -49,7 +60,7 @@ function explorer(state) {
           shown.slice(0, at).join(""),
           html("mark", { "data-tip": `first token that differs from plain decoding (${answer.differs})` }, shown[at]),
           shown.slice(at + 1).join("")];
-        const span = html("span", { class: class_, "data-tip": step ? describe(step) : null }, text);
+        const span = html("span", { class: class_, "data-tip": step ? describe(step) : null, "data-link": step ? `${answer.strategy}-${step.index}` : null }, text);
         if (step) timed.push({ span, end: step.end });
         return [space, span];
       });
@@ -76,7 +87,10 @@ function explorer(state) {
     const entries = {
       together: [1, 2, 3, 4, 5, 6].map((d) => html("span", {}, html("i", { class: `swatch ink d${d}` }), d === 6 ? "6 or more" : String(d))),
       time: [html("span", {}, "start"), html("span", { class: "ramp" }, Array.from({ length: 10 }, (_, t) => html("i", { class: `t${t}` }))), html("span", {}, "end of the slowest")],
-      drafter: [html("span", {}, html("i", { class: "swatch g-none" }), "nobody"), html("span", {}, "colors: each drafter, named on hover")],
+      step: [html("span", {}, "light and dark in turn, a change for every step")],
+      origin: [html("span", {}, html("i", { class: "swatch ink d4" }), "confirmed guess"), html("span", {}, html("i", { class: "swatch g-none" }), "the model's own token")],
+      part: questionAt(shown.place).answers.some((answer) => answer.parts.length) ? [html("span", {}, "a color for the outline and one for every point")] : [html("span", {}, "no answer has parts")],
+      drafter: [html("span", {}, html("i", { class: "swatch g-none" }), "the model itself"), ...guessers().map((name, i) => html("span", {}, html("i", { class: `swatch g${i % 6}` }), name))],
       plain: [],
     };
     byId("key").replaceChildren(...entries[paint]);

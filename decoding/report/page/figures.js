@@ -186,6 +186,21 @@ function positions(place, width, strategies) {
     [String(i + 1), ...rows.map((row) => (row.positions[i] ? `${row.positions[i][1]} / ${row.positions[i][0]}` : "–"))]));
 }
 
+/** The seconds of a forward pass against its tokens, [[tokens, seconds], …]: measured before the run, or else its own steps. */
+function stepPrices(bins) {
+  if (data.latency.length > 1) return data.latency;
+  const often = new Map();
+  for (const bin of bins) if (!often.has(bin.tokens) || often.get(bin.tokens).count < bin.count) often.set(bin.tokens, bin);
+  return [...often.values()].sort((a, b) => a.tokens - b.tokens).map((bin) => [bin.tokens, bin.time]);
+}
+
+/** Flat while tokens are free, then in proportion to them: {first, ridge, at}, or null where steps of one size ran. */
+function roof(prices) {
+  const [tokens, first] = prices[0], [most, last] = prices[prices.length - 1];
+  if (most <= tokens || last <= first) return null;
+  return { first, ridge: (most * first) / last, at: (n) => Math.max(first, (n * last) / most) };
+}
+
 function roofline(place, width, strategies) {
   const rows = strategies.filter((row) => row.steps.length);
   if (!rows.length) return empty(place, "No steps were recorded.");
@@ -195,24 +210,27 @@ function roofline(place, width, strategies) {
       time: row.steps.reduce((sum, [, count, time]) => sum + time * count, 0) / steps };
   });
   const bins = rows.flatMap((row) => row.steps.map(([tokens, count, time]) => ({ row, tokens, count, time })));
-  const widest = Math.max(4, ...bins.map((bin) => bin.tokens));
-  const curve = data.latency.filter(([tokens]) => tokens <= widest * 1.5);
-  const slowest = 1000 * Math.max(...bins.map((bin) => bin.time), ...curve.map(([, time]) => time));
+  const widest = 1.3 * Math.max(4, ...bins.map((bin) => bin.tokens)), prices = stepPrices(bins), over = roof(prices);
+  const curve = data.latency.filter(([tokens]) => tokens <= widest);
+  const [fastest, slowest] = extent([...bins.map((bin) => bin.time), ...curve.map(([, time]) => time), ...(over ? [over.first] : [])]);
   const height = 300, left = 40, right = width - 14, bottom = height - 42;
-  const x = logarithmic(0.9, widest * 1.3, left, right), y = linear(0, slowest * 1.12, bottom, 24);
-  const powers = []; for (let n = 1; n <= widest * 1.3; n *= 2) powers.push(n);
-  const one = curve.length && curve[0][0] === 1 ? curve[0][1] : Math.min(...bins.filter((bin) => bin.tokens === Math.min(...bins.map((b) => b.tokens))).map((bin) => bin.time));
-  place.replaceChildren(canvas(width, height, "Median forward time against tokens in the step: " + means.map((m) => `${m.row.name} ${fixed(m.tokens, 1)} tokens, ${seconds(m.time)}`).join("; "),
+  const x = logarithmic(0.9, widest, left, right), y = logarithmic(800 * fastest, 1250 * slowest, bottom, 24);
+  const powers = []; for (let n = 1; n <= widest; n *= 2) powers.push(n);
+  const corners = over ? [[0.9, over.first], [Math.max(0.9, over.ridge), over.first], [widest, over.at(widest)]].filter(([n]) => n <= widest) : [];
+  // The roof may rise out of the figure: it is cut where it does.
+  const top = 1.25 * slowest, path = corners.map(([n, time]) => (time > top ? [n * (top / time), top] : [n, time])).map(([n, time], i) => `${i ? "L" : "M"}${x(n)},${y(1000 * time)}`).join("");
+  place.replaceChildren(canvas(width, height, "Forward time against tokens in the step: " + means.map((m) => `${m.row.name} ${fixed(m.tokens, 1)} tokens, ${seconds(m.time)}`).join("; "),
     axisBelow(x, powers, bottom, 24, "tokens in a step, all sequences", String),
-    axisLeft(y, ticks(...y.domain, 5), left, right, "milliseconds per forward pass"),
-    svg("line", { x1: left, x2: right, y1: y(1000 * one), y2: y(1000 * one), class: "one" }),
-    svg("text", { x: right, y: y(1000 * one) + 14, "text-anchor": "end", class: "faint" }, "price of the smallest step"),
+    axisLeft(y, powerTicks(...y.domain, 7), left, right, "milliseconds per forward pass"),
+    path ? svg("path", { class: "roof", d: path }) : null,
+    over && over.ridge > 1 && over.ridge < widest ? [svg("circle", { cx: x(over.ridge), cy: y(1000 * over.first), r: 2.5, class: "ridge" }),
+      svg("text", { x: x(over.ridge), y: y(1000 * over.first) + 16, "text-anchor": "middle", class: "faint" }, `ridge: ${fixed(over.ridge, over.ridge < 10 ? 1 : 0)} tokens`)] : null,
     curve.length ? svg("path", { class: "curve", d: curve.map(([tokens, time], i) => `${i ? "L" : "M"}${x(tokens)},${y(1000 * time)}`).join("") }) : null,
     bins.map((bin) => svg("circle", { cx: x(bin.tokens), cy: y(1000 * bin.time), r: Math.min(6, 1.6 + Math.sqrt(bin.count) / 12), class: `dot s${bin.row.index}`,
       "data-tip": `${bin.row.name}: ${bin.tokens} tokens, ${seconds(bin.time)}, ${bin.count} steps` })),
     means.map((mean) => mark(x(mean.tokens), y(1000 * mean.time), mean.row.index, 7.5, { class: "big",
       "data-tip": `${mean.row.name}: ${fixed(mean.tokens, 1)} tokens and ${seconds(mean.time)} per step on average` }))),
-  legend(rows, true, ...(curve.length ? ["line: latency measured before the run"] : [])));
+  legend(rows, true, ...(curve.length ? ["line: latency measured before the run"] : []), ...(over ? ["dashed: roof"] : [])));
   numbers("roofline", ["strategy", "tokens per step", "ms per step", "tokens gained per second of forward"], means.map((mean) =>
     [mean.row.name, fixed(mean.tokens, 1), fixed(1000 * mean.time, 1), fixed(mean.row.shares[1] ? mean.row.tokens / mean.row.shares[1] : null, 1)]));
 }

@@ -4,9 +4,10 @@
 function stepsOf(answer) {
   const columns = answer.steps;
   return columns.step.map((step, i) => ({
-    step, sequence: columns.sequence[i], start: columns.start[i] / 1e4, end: (columns.start[i] + columns.duration[i]) / 1e4,
-    tokens: columns.tokens[i], drafted: columns.drafted[i], accepted: columns.accepted[i],
+    index: i, step, sequence: columns.sequence[i], start: columns.start[i] / 1e4, end: (columns.start[i] + columns.duration[i]) / 1e4,
+    tokens: columns.tokens[i], reused: columns.reused[i], drafted: columns.drafted[i], accepted: columns.accepted[i],
     committed: columns.committed[i], prefill: columns.prefill[i] === 1, drafter: columns.drafters[columns.drafter[i]],
+    sources: columns.sources && columns.sources[i] ? columns.sources[i].split(" ") : [],
   }));
 }
 
@@ -40,12 +41,33 @@ function blocksOf(answer, steps) {
 
 const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
+/** The text that each step of an answer wrote: step → text. */
+function written(answer, steps) {
+  const texts = new Map();
+  for (const block of blocksOf(answer, steps)) for (const { step, pieces } of block.groups)
+    if (step) texts.set(step.index, (texts.get(step.index) || "") + pieces.join(""));
+  return texts;
+}
+
+/** Tokens of a step in the order they were gained: the confirmed guesses by who made them, then the model's own (""). */
+function byOrigin(step, pieces) {
+  const guessed = Math.min(step.accepted, pieces.length), runs = [];
+  pieces.forEach((piece, i) => {
+    const guesser = i < guessed ? step.sources[i] || step.drafter || "guess" : "";
+    if (!runs.length || runs[runs.length - 1].guesser !== guesser) runs.push({ guesser, pieces: [] });
+    runs[runs.length - 1].pieces.push(piece);
+  });
+  return runs;
+}
+
 /** What a reader may want to know about one sequence's share of a step. */
-function describe(step) {
+function describe(step, text) {
   const guesses = step.drafted ? `, ${step.accepted} of ${plural(step.drafted, "guess")} confirmed`.replace("guesss", "guesses") : "";
   const who = step.drafter ? ` (${step.drafter})` : "";
-  const what = step.prefill ? `read ${plural(step.tokens, "prompt token")}, gained ${step.committed}` : `${plural(step.committed, "token")} gained`;
-  return `step ${step.step}, ${seconds(step.end - step.start)} from ${seconds(step.start)}: ${what}${guesses}${who}`;
+  const reused = step.reused ? ` (${step.reused} more were in the cache)` : "";
+  const what = step.prefill ? `read ${plural(step.tokens, "prompt token")}${reused}, gained ${step.committed}` : `${plural(step.committed, "token")} gained`;
+  const words = text && text.trim() ? ` “${text.trim().length > 60 ? `${text.trim().slice(0, 60)}…` : text.trim()}”` : "";
+  return `step ${step.step}, ${seconds(step.end - step.start)} from ${seconds(step.start)}: ${what}${guesses}${who}${words}`;
 }
 
 /** Depth of color, 1 to 6, for so many tokens at once. */

@@ -65,6 +65,17 @@ function ratioTicks(from, to, most) {
   }
   return [1];
 }
+/** Round numbers within [from, to] on a logarithmic axis, at most `most`. */
+function powerTicks(from, to, most) {
+  for (const marks of [[1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 6, 8], [1, 2, 4, 6], [1, 2, 5], [1, 3], [1]]) {
+    const found = [];
+    for (let power = Math.floor(Math.log10(from)); power <= Math.log10(to); power++)
+      for (const mark of marks) found.push(+(mark * 10 ** power).toPrecision(6));
+    const inside = found.filter((value) => value >= from && value <= to);
+    if (inside.length <= most) return inside;
+  }
+  return [];
+}
 const short = (value) => String(+value.toPrecision(value < 1 ? 2 : 3));
 
 /** Axis along the bottom with grid lines up to `top`. */
@@ -130,6 +141,7 @@ function canvas(width, height, description, ...children) {
 /** Show `text` beside whatever carries `data-tip`, for pointers and for the keyboard's focus alike. */
 function tooltips() {
   const tip = document.getElementById("tip");
+  let linked = null;
   const show = (event) => {
     const target = event.target.closest && event.target.closest("[data-tip]");
     if (!target) { tip.hidden = true; return; }
@@ -143,7 +155,16 @@ function tooltips() {
     tip.style.left = `${left}px`;
     tip.style.top = `${above < 6 ? y + 16 : above}px`;
   };
+  const link = (event) => { // the bar of a step and the words that it wrote light up together
+    const target = event.target.closest && event.target.closest("[data-link]");
+    const name = target && target.getAttribute("data-link");
+    if (name === linked) return;
+    for (const node of document.querySelectorAll(".linked")) node.classList.remove("linked");
+    if (name) for (const node of document.querySelectorAll(`[data-link="${name}"]`)) node.classList.add("linked");
+    linked = name;
+  };
   document.addEventListener("pointermove", show, { passive: true });
+  document.addEventListener("pointermove", link, { passive: true });
   document.addEventListener("focusin", show);
   document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true, capture: true });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });

@@ -10,16 +10,18 @@ function timeline(place, answers, zoom) {
   const marks = ticks(0, longest, width / 90);
   const axis = canvas(width, 22, "Seconds", svg("g", { class: "axis" },
     marks.map((value) => svg("text", { x: x(value), y: 14, "text-anchor": value ? "middle" : "start" }, `${short(value)} s`))));
+  const lanes = [];
   const rows = answers.map((answer) => {
     const strategy = data.strategies[answer.strategy], steps = stepsOf(answer);
-    const sequences = [...new Set(steps.map((step) => step.sequence))];
+    const sequences = [...new Set(steps.map((step) => step.sequence))], texts = written(answer, steps);
+    const lane = (sequence) => GAP + sequences.indexOf(sequence) * (LANE + GAP);
     const height = Math.max(1, sequences.length) * (LANE + GAP) + GAP;
     const bars = steps.map((step) => {
-      const y = GAP + sequences.indexOf(step.sequence) * (LANE + GAP);
+      const y = lane(step.sequence);
       const from = x(step.start), wide = Math.max(0.8, x(step.end) - from - 0.6);
       const label = step.committed && wide > measure(String(step.committed), 10) + 3
         ? svg("text", { x: from + wide / 2, y: y + 11.5, "text-anchor": "middle", class: `count d${depth(step.committed)}` }, String(step.committed)) : null;
-      return svg("g", { "data-tip": describe(step) },
+      return svg("g", { "data-tip": describe(step, texts.get(step.index)), "data-link": `${answer.strategy}-${step.index}` },
         svg("rect", { x: from, y, width: wide, height: LANE, rx: Math.min(2, wide / 3), class: `step s${strategy.index} ${step.prefill ? "prefill" : `d${depth(step.committed)}`}` }), label);
     });
     if (!steps.length && !answer.error) // a backend that reports no steps still took its time
@@ -28,17 +30,32 @@ function timeline(place, answers, zoom) {
     const what = answer.error ? `failed: ${answer.error}` :
       seconds(answer.seconds) + (steps.length ? `, ${plural(new Set(steps.map((step) => step.step)).size, "step")}, ${plural(sequences.length, "sequence")}` : ", steps not recorded") +
       (parts.size ? ` (${[...new Set(parts.values())].join(", ")})` : "");
+    const names = sequences.filter((sequence) => parts.has(sequence)).map((sequence) => {
+      let from = x(Math.max(...steps.filter((step) => step.sequence === sequence).map((step) => step.end))) + 5;
+      const name = parts.get(sequence), close = x(answer.seconds) + 5;
+      if (from + measure(name) > close - 8) from = close + (lane(sequence) === GAP ? measure(seconds(answer.seconds)) + 8 : 0); // past the line of the end
+      return svg("text", { x: from, y: lane(sequence) + 11.5, class: "faint" }, fit(name, width - from));
+    });
+    for (const sequence of sequences) lanes.push(laneNumbers(strategy, parts.get(sequence), steps.filter((step) => step.sequence === sequence)));
     return html("div", { class: "lanes" },
       html("p", { class: "lane-name" }, html("i", { class: `swatch s${strategy.index}`, "aria-hidden": "true" }), html("b", {}, breakable(strategy.name)), html("span", {}, what)),
       canvas(width, height, `${strategy.name}: ${what}`,
         marks.map((value) => svg("line", { x1: x(value), x2: x(value), y1: 0, y2: height, class: "grid" })),
-        bars,
+        bars, names,
         svg("line", { x1: x(answer.seconds), x2: x(answer.seconds), y1: 0, y2: height, class: `end s${strategy.index}` }),
         svg("text", { x: x(answer.seconds) + 5, y: GAP + 11.5, class: "value" }, seconds(answer.seconds)),
         svg("line", { x1: 0, x2: 0, y1: 0, y2: height, class: "cursor", visibility: "hidden" })));
   });
   place.replaceChildren(html("div", { class: "sheet" }, axis, ...rows));
+  numbers("timeline", ["strategy", "sequence", "from", "to", "steps", "prompt tokens read", "found in the cache", "tokens gained", "guesses", "confirmed"], lanes);
   return { longest, x };
+}
+
+/** A lane in figures, for the table below the timeline. */
+function laneNumbers(strategy, part, steps) {
+  const sum = (value) => String(steps.reduce((total, step) => total + value(step), 0));
+  return [strategy.name, part || "answer", seconds(steps[0].start), seconds(steps[steps.length - 1].end), String(steps.length),
+    sum((step) => (step.prefill ? step.tokens : 0)), sum((step) => step.reused), sum((step) => step.committed), sum((step) => step.drafted), sum((step) => step.accepted)];
 }
 
 /** The clock over timeline and answers: at time t, only what had been written by t is visible. */
@@ -49,6 +66,7 @@ function player(controls) {
     if (!view) return;
     const done = time >= view.longest;
     controls.now.textContent = done ? `${seconds(view.longest)}` : `${time.toFixed(2)} s`;
+    range.setAttribute("aria-valuetext", controls.now.textContent);
     for (const line of document.querySelectorAll("#timeline .cursor")) {
       line.setAttribute("x1", view.x(time)); line.setAttribute("x2", view.x(time));
       line.setAttribute("visibility", done ? "hidden" : "visible");
