@@ -153,6 +153,7 @@ def _catalogue() -> str:
     from decoding import drafting
     from decoding.models import aliases
     from decoding.strategies import REGISTRY
+    from decoding.strategies.policies import REGISTRY as POLICIES
 
     def lines(title: str, rows: Sequence[tuple[str, str]]) -> str:
         width = max(len(name) for name, _ in rows)
@@ -162,6 +163,7 @@ def _catalogue() -> str:
         [
             lines("strategies:", [(name, strategy.summary) for name, strategy in REGISTRY.items()]),
             lines("drafters, for speculative(drafter=...):", [(n, d.summary) for n, d in drafting.names().items()]),
+            lines("commit policies, for block-diffusion(policy=...):", [(n, p.summary) for n, p in POLICIES.items()]),
             lines("models:", [(a.name, a.description) for a in aliases()]),
             "Options go in parentheses and may nest: 'skeleton(inner=speculative(drafter=prompt-lookup))'.",
         ]

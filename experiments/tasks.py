@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<mask>", "<sep>", "<unk>")
 PAD, BOS, EOS, MASK, SEP, UNK = range(len(SPECIAL))
-LONGEST_ANSWER = 24
+LONGEST_ANSWER = 16
 LENGTH = len(SPECIAL)
 """Token `LENGTH + n - 1` says that the answer has n tokens; n up to `LONGEST_ANSWER`."""
 
@@ -32,20 +32,21 @@ class Example:
 
 
 def add(draw: random.Random) -> tuple[str, str]:
-    """Sum of two numbers of up to three digits."""
-    a, b = draw.randrange(1000), draw.randrange(1000)
+    """Sum of two numbers of up to two digits."""
+    a, b = draw.randrange(100), draw.randrange(100)
     return f"{a} + {b}", str(a + b)
 
 
 def sort(draw: random.Random) -> tuple[str, str]:
-    """Four to ten numbers below 100, in ascending order."""
-    numbers = [draw.randrange(100) for _ in range(draw.randint(4, 10))]
+    """Four to twelve digits in ascending order."""
+    numbers = [draw.randrange(10) for _ in range(draw.randint(4, 12))]
     return " ".join(map(str, numbers)), " ".join(map(str, sorted(numbers)))
 
 
 _MONTHS = (
-    "January February March April May June July August September October November December"
-).split()  # fmt: skip
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
 
 
 def date(draw: random.Random) -> tuple[str, str]:
@@ -58,11 +59,11 @@ def date(draw: random.Random) -> tuple[str, str]:
     return written, f"{year}-{month:02}-{day:02}"
 
 
-_ONES = (
+_NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
+)
+_ONES, _TENS = _NUMBERS.split()[:20], _NUMBERS.split()[20:]
 
 
 def spelled(number: int) -> str:
@@ -144,10 +145,13 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 def examples(seed: int, *, test: bool) -> Iterator[Example]:
     """Endless examples, the tasks taking turns; test prompts and training prompts never meet."""
     draw = random.Random(seed)
+    turns = (
+        list(TASKS) if test else [*TASKS, "sort", "translate", "translate"]
+    )  # what is learnt slowly comes more often
     while True:
-        for name, make in TASKS.items():
+        for name in turns:
             while True:
-                given, answer = make(draw)
+                given, answer = TASKS[name](draw)
                 prompt = f"{name} {given}"
                 if (zlib.crc32(prompt.encode()) % 10 == 0) == test:
                     break

@@ -1,7 +1,7 @@
-"""Train a small model on the tasks of `experiments.tasks`: causal, block diffusion, or Mask-Predict; same size, same data.
+"""Train a small model on the tasks of `experiments.tasks`: causal, block diffusion or Mask-Predict, of one size.
 
-    python -m experiments.train_tasks block-diffusion --steps 6000 --output runs/tasks/block-diffusion
-    accelerate launch -m experiments.train_tasks causal --steps 6000 --output runs/tasks/causal
+    python -m experiments.train_tasks block-diffusion --steps 3000 --output runs/tasks/block-diffusion
+    accelerate launch -m experiments.train_tasks causal --steps 3000 --output runs/tasks/causal
 
 `--output` becomes a model folder that `decoding.load` takes, written anew (whole or not at all) whenever the validation
 loss is the best so far; `--resume` goes on from the last checkpoint inside it. Objectives:
@@ -9,8 +9,8 @@ loss is the best so far; `--resume` goes on from the last checkpoint inside it. 
 causal            cross-entropy of the next token.
 block-diffusion   SDAR-like (Cheng et al. 2025): attention is block-causal, and one block of the answer has a uniform
                   share of its tokens masked. A few visible ones are wrong, so that the model also learns to revise.
-mask-predict      CMLM (Ghazvininejad et al. 2019) without an encoder: full attention, a uniform number of masks, and the
-                  answer's length as one more token to predict, before anything of the answer is there.
+mask-predict      CMLM (Ghazvininejad et al. 2019) without an encoder: full attention, a uniform number of masks, and
+                  the answer's length as one more token to predict, before anything of the answer is there.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from decoding.checkpoint import quiet_transformers
 from experiments.tasks import BOS, EOS, LENGTH, LONGEST_ANSWER, MASK, PAD, encode, examples, tokenizer
 
 BLOCK = 16
@@ -184,7 +185,8 @@ def save(model: LlamaForCausalLM, fast: PreTrainedTokenizerFast, folder: Path, c
     shutil.rmtree(fresh, ignore_errors=True)
     copy = LlamaForCausalLM(model.config).half()
     copy.load_state_dict({name: value.half() for name, value in model.state_dict().items()})
-    copy.save_pretrained(fresh)
+    with quiet_transformers():
+        copy.save_pretrained(fresh)
     fast.save_pretrained(fresh)
     (fresh / "training.json").write_text(json.dumps(card, indent=1) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,13 +199,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("objective", choices=OBJECTIVES)
     parser.add_argument("--output", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=128, help="examples per process and step (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=32, help="examples per process and step (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=250, help="steps between validations (%(default)s)")
+    parser.add_argument("--every", type=int, default=500, help="steps between validations (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     options = parser.parse_args()
     set_seed(options.seed)
@@ -227,7 +229,7 @@ def main() -> None:
         first, best, spent = json.loads((state / "progress.json").read_text())
         for _ in range(first):
             schedule.step()
-    held_out = list(islice(batches(fast, options.objective, options.batch, seed=10**6, test=True), 2 * _POOL))
+    held_out = list(islice(batches(fast, options.objective, options.batch, seed=10**6, test=True), 4 * _POOL))
     # Every process, and every resumption, draws examples of its own.
     source = batches(fast, options.objective, options.batch, seed=1 + accelerator.process_index + 1000 * first)
     began, running = time.perf_counter() - spent, 0.0
