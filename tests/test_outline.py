@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoding.strategies.merge import merge, tidy
+from decoding.strategies.merge import Composition, PointText, merge, tidy
 from decoding.strategies.outline import OutlineParser, Point, parse_outline
 from decoding.strategies.outline_title import split_needs, trim_title
 
@@ -334,3 +334,72 @@ def test_merge_keeps_a_point_whose_text_is_missing() -> None:
 def test_merge_wants_one_text_for_each_point() -> None:
     with pytest.raises(ValueError, match="shorter"):
         merge([POINT], [])
+
+
+def test_an_end_that_the_model_chose_stays() -> None:
+    assert tidy(POINT, "Roots need room. Among them: maples", truncated=False) == "Roots need room. Among them: maples"
+    assert tidy(POINT, "Use large pot", truncated=False) == "Use large pot"
+
+
+_WORDS = [
+    *("Use large pots", "use", "large pots", "**", "2.", "2) ", "3.", "\n3. Water", "\n1. clay", "\n- wood"),
+    *(
+        ": ",
+        ". ",
+        " – ",
+        "\n",
+        "\n\n",
+        " ",
+        "Roots need room.",
+        "Dr. Who",
+        "3.5 cm",
+        "e.g. ",
+        "根需要空间。",
+        "」",
+        "…",
+        "#",
+    ),
+]
+
+
+@given(st.lists(st.sampled_from(_WORDS) | st.text(max_size=6), max_size=14), st.booleans(), st.data())
+def test_pieces_of_a_point_add_up_and_nothing_is_taken_back(
+    words: list[str], truncated: bool, data: st.DataObject
+) -> None:
+    text = "".join(words)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    own, shown = PointText(POINT), ""
+    for a, b in itertools.pairwise([0, *cuts, len(text)]):
+        own.feed(text[a:b])
+        assert own.text.startswith(shown)
+        shown = own.text
+    own.finish(truncated=truncated)
+    assert own.text.startswith(shown) and own.text == tidy(POINT, text, truncated=truncated) == own.text.strip()
+
+
+@given(st.permutations([0, 0, 0, 1, 1, 1, 2, 2, 2]))
+def test_an_answer_is_the_same_in_whatever_order_its_points_arrive(order: list[int]) -> None:
+    points = [Point(1, "Pick a spot"), POINT, Point(4, "Why water?")]
+    texts = [" Sun matters. So does wind.", "Use large pots: Roots need room.", "Plants drink. A l"]
+    answer, fed, shown = Composition(), [0, 0, 0], ""
+    for point in points:
+        answer.add(point)
+    for place in order:
+        third = -(-len(texts[place]) // 3)
+        answer.feed(place, texts[place][fed[place] * third : (fed[place] + 1) * third])
+        fed[place] += 1
+        if fed[place] == 3:
+            answer.finish(place)
+        assert answer.text.startswith(shown)
+        shown = answer.text
+    assert shown == merge(points, texts)
+
+
+def test_a_sentence_is_shown_once_it_is_complete() -> None:
+    answer = Composition()
+    answer.add(POINT)
+    seen = []
+    for piece in ("Use", " large", " pots: Roots", " need room.", " Small", " pots dry. ", "3"):
+        answer.feed(0, piece)
+        seen.append(answer.text.removeprefix("1. **Use large pots**"))
+    assert seen == ["", "", "", "", ": Roots need room.", ": Roots need room. Small pots dry.", seen[-2]]

@@ -1,0 +1,315 @@
+"""Skeleton-of-Thought on a tiny model whose outlines are dictated; its points, and all forward passes, are its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import decoding
+import prompts
+from decoding.backends.base import Backend
+from decoding.errors import InvalidRequest
+from decoding.strategies import Autoregressive, Jacobi, SkeletonOfThought, Speculative, parse
+from decoding.types import Generation, Message, SamplingParams
+from tests.dictation import OUTLINE, OUTLINED, QUESTION, TITLES, Dictated, Typist
+from tests.tiny import EOS, tiny_model, tiny_tokenizer
+
+PARAMS = SamplingParams(max_new_tokens=120)
+
+
+@pytest.fixture(scope="module")
+def lm() -> decoding.LocalBackend:
+    model = tiny_model("llama", max_position_embeddings=4096)
+    return decoding.LocalBackend(model, tiny_tokenizer(), name="tiny", eos=[EOS], slots=12, capacity=3072)
+
+
+def answer(lm: Backend, params: SamplingParams = PARAMS, question: Any = QUESTION, **options: Any) -> Generation:
+    lm.forget()
+    on_text = options.pop("on_text", None)
+    strategy = SkeletonOfThought(**{"outline": OUTLINED, **options})
+    generation: Generation = decoding.generate(question, lm, strategy=strategy, params=params, on_text=on_text)
+    return generation
+
+
+def points(generation: Generation) -> list[Generation]:
+    return [part for label, part in generation.parts.items() if label.startswith("point")]
+
+
+def steps(part: Generation) -> range:
+    return range(part.trace[0].step, part.trace[-1].step + 1)
+
+
+@pytest.mark.parametrize("prompt", ["skeleton", "skeleton/small"])
+def test_points_are_begun_while_the_outline_is_written(lm: decoding.LocalBackend, prompt: str) -> None:
+    together, apart = answer(lm, prompt=prompt, pipeline=True), answer(lm, prompt=prompt, pipeline=False)
+    outline, expansions = together.parts["outline"], points(together)
+    written = [step.step for step in outline.trace if step.committed]  # one byte each
+    for title, expansion in zip(TITLES, expansions, strict=True):
+        complete = written[OUTLINE.index("\n", OUTLINE.index(title))]
+        assert complete < expansion.trace[0].step <= complete + 2
+    assert expansions[0].trace[-1].step < written[-1]
+    assert any(step.batch_sequences > 1 for step in outline.trace)
+    # The two-stage mode is the control: there, nothing begins before the outline has ended.
+    last = apart.parts["outline"].trace[-1].step
+    assert all(expansion.trace[0].step > last for expansion in points(apart))
+    assert len({s.step for s in together.trace}) < len({s.step for s in apart.trace})
+
+
+@pytest.mark.parametrize("prompt", ["skeleton", "skeleton/small"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_pipelining_changes_no_token(lm: decoding.LocalBackend, prompt: str, temperature: float) -> None:
+    params = PARAMS.but(temperature=temperature, seed=5)
+    together, apart = (answer(lm, params, prompt=prompt, pipeline=pipeline) for pipeline in (True, False))
+    assert together.text == apart.text
+    assert {label: part.tokens for label, part in together.parts.items()} == {
+        label: part.tokens for label, part in apart.parts.items()
+    }
+    assert len({tuple(part.tokens) for part in points(together)}) == 4  # the model does say different things
+
+
+def test_a_point_is_shown_the_outline_as_far_as_itself(lm: decoding.LocalBackend) -> None:
+    alone = [
+        prompts.render(
+            "skeleton/expand",
+            question=QUESTION,
+            outline=("1." + OUTLINE).split(f"\n{number + 1}.")[0].strip(),
+            index=number,
+            title=title,
+            max_points=6,
+        )
+        for number, title in enumerate(TITLES, 1)
+    ]
+    out = answer(lm, prompt="skeleton", repetition_penalty=1)
+    for chat, expansion in zip(alone, points(out), strict=True):
+        budget = PARAMS.but(max_new_tokens=SkeletonOfThought().budget(0, PARAMS.max_new_tokens))
+        plain = decoding.generate(lm.encode(chat.messages, chat.prefill), lm, params=budget)
+        assert expansion.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("prompt", ["skeleton", "skeleton/small"])
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_points_reuse_what_the_outline_has_read(lm: decoding.LocalBackend, prompt: str, pipeline: bool) -> None:
+    out = answer(lm, prompt=prompt, pipeline=pipeline)
+    for part in out.parts.values():
+        assert part.metrics.prefill_tokens + part.metrics.reused_tokens == part.metrics.prompt_tokens
+    computed = sum(part.metrics.prefill_tokens for part in points(out))
+    assert 0 < computed <= 0.4 * sum(part.metrics.prompt_tokens for part in points(out))
+    assert out.parts["outline"].metrics.reused_tokens == 0
+
+
+@pytest.mark.parametrize("expand", ["speculative(draft_length=4)", "jacobi(block_size=4)", "lookahead(adaptive=false)"])
+def test_stages_have_strategies_of_their_own(lm: decoding.LocalBackend, expand: str) -> None:
+    plain, fast = answer(lm), answer(lm, expand=expand)
+    assert fast.text == plain.text and fast.tokens == plain.tokens
+    assert fast.metrics.drafted > 0 and fast.parts["outline"].metrics.drafted == 0
+    both = SkeletonOfThought(inner=Jacobi(), outline="speculative(drafter=prompt-lookup)")
+    assert both.stage("outline") == Speculative(drafter="prompt-lookup") and both.stage("expand") == Jacobi()
+
+
+def dictated(*texts: tuple[str, str]) -> Dictated:
+    return Dictated(tuple((f"this point only: {title}", text) for title, text in texts))
+
+
+def test_a_stream_is_in_order_and_as_early_as_it_can_be(lm: decoding.LocalBackend) -> None:
+    expand = dictated(
+        (TITLES[0], "Leaks waste a fifth. They are found at night. This takes a while."),
+        (TITLES[1], "Thyme needs little."),
+        (TITLES[2], "Price by use: **Price by use:** Who uses more pays more. And then half a sentence"),
+        (TITLES[3], "Teachers know how.\n5. And so on"),
+    )
+    pieces: list[tuple[int, str]] = []
+
+    def listen(piece: str) -> None:
+        pieces.append((lm.engine.steps, piece))
+
+    out = answer(lm, PARAMS.but(max_new_tokens=600), expand=expand, point_tokens=72, on_text=listen)
+    assert "".join(piece for _, piece in pieces) == out.text == (
+        "1. **Repair pipes**: Leaks waste a fifth. They are found at night. This takes a while.\n\n"
+        "2. **Plant for drought**: Thyme needs little.\n\n"
+        "3. **Price by use**: Who uses more pays more.\n\n"
+        "4. **Teach children**: Teachers know how."
+    )  # fmt: skip
+    first = next(step for step, piece in pieces if "a fifth." in piece)
+    assert first < out.parts["point 1"].trace[-1].step - 20  # long before the point was complete
+    second = next(step for step, piece in pieces if "Thyme" in piece)
+    assert second >= out.parts["point 1"].trace[-1].step > out.parts["point 2"].trace[-1].step  # it had to wait
+
+
+def test_a_listener_that_has_heard_enough_ends_all_points(lm: decoding.LocalBackend) -> None:
+    heard: list[str] = []
+
+    def listen(piece: str) -> bool:
+        heard.append(piece)
+        return True
+
+    out = answer(lm, on_text=listen)
+    assert len(heard) == 1 and out.text == heard[0] and out.finish_reason == "stop"
+    assert out.metrics.new_tokens < 120 and not lm.engine.busy
+
+
+@pytest.mark.parametrize("outline", ["There is no list here.", " Only this\n", ""])
+def test_without_a_list_the_answer_is_plain(lm: decoding.LocalBackend, outline: str) -> None:
+    plain = decoding.generate(QUESTION, lm, params=PARAMS)
+    pieces: list[str] = []
+    out = answer(lm, outline=Dictated((("", outline),)), on_text=pieces.append)
+    assert out.text == plain.text == "".join(pieces)
+    assert out.parts["answer"].tokens == plain.tokens and out.finish_reason == plain.finish_reason
+    if "point 1" in out.parts:  # it was begun before the outline ended, and its cost is not hidden
+        assert len(out.parts["point 1"].tokens) <= len(outline) and out.parts["point 1"].trace[0] in out.trace
+    assert not lm.engine.busy
+
+
+NEEDS = " Trains\n2. Planes\n3. Compare both (needs 1, 2)\n4. Choose (needs 3, 5)\n5. Boats (needs 4)\n"
+
+
+def test_points_wait_for_those_they_need_and_see_their_texts(lm: decoding.LocalBackend) -> None:
+    expand = Dictated(
+        (
+            ("Compare both: Both are loud.", "So choose boats."),
+            ("Trains: Rails sing at dawn.\nPlanes: Wings hum.", "Both are loud."),
+            ("about this point only: Trains", "Rails sing at dawn."),
+            ("about this point only: Planes", "Wings hum."),
+            ("Choose: So choose boats.", "They float."),
+        )
+    )
+    for pipeline in (True, False):
+        out = answer(lm, outline=Dictated((("", NEEDS),)), expand=expand, dependencies=True, pipeline=pipeline)
+        assert out.error is None
+        assert [part.text for part in points(out)] == [
+            "Rails sing at dawn.", "Wings hum.", "Both are loud.", "So choose boats.", "They float.",
+        ]  # fmt: skip
+        trains, planes, compare, choose, boats = map(steps, points(out))
+        assert set(trains) & set(planes)  # one wave
+        # 4 needs 5 and 5 needs 4: the one that comes first goes ahead.
+        assert max(trains[-1], planes[-1]) < compare[0] and compare[-1] < choose[0] and choose[-1] < boats[0]
+    asked = prompts.render("skeleton/small/outline", question=QUESTION, dependencies=True).messages
+    assert any("(needs 2)" in message["content"] for message in asked)
+
+
+def test_without_needs_dependencies_change_nothing(lm: decoding.LocalBackend) -> None:
+    begun = []
+    for out in (answer(lm), answer(lm, dependencies=True)):
+        written = next(step.step for step in out.parts["outline"].trace if step.committed)
+        begun.append([part.trace[0].step - written for part in points(out)])
+    assert begun[0] == begun[1] and len(begun[0]) == 4
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_a_failed_point_is_marked_and_the_others_are_kept(lm: decoding.LocalBackend, pipeline: bool) -> None:
+    texts = [(title, f"All about it, {title}.") for title in TITLES]
+    texts[1] = (TITLES[1], "!")
+    out = answer(lm, PARAMS.but(max_new_tokens=400), expand=dictated(*texts), pipeline=pipeline)
+    assert out.finish_reason == "error" and out.error == "point 2: RuntimeError: dictation ran dry"
+    assert [part.error is None for part in points(out)] == [True, False, True, True]
+    assert "2. **Plant for drought**\n\n3. **Price by use**: All about it, Price by use." in out.text
+    assert answer(lm).error is None
+
+
+def test_a_point_whose_prompt_does_not_fit_fails_alone(lm: decoding.LocalBackend) -> None:
+    chat = prompts.render("skeleton/outline", question=QUESTION, max_points=6)
+    capacity = len(lm.encode(chat.messages, chat.prefill)) + 480
+    small = decoding.LocalBackend(lm.model, lm.tokenizer, name="tiny", eos=[EOS], capacity=capacity)
+    long = " Repair pipes\n2. " + "x" * 150 + "\n3. Price by use\n"  # a prompt holds the title three times
+    out = answer(small, outline=Dictated((("", long),)), outline_tokens=400, prompt="skeleton")
+    assert out.error is not None and out.error.startswith("point 2: ContextOverflow")
+    assert [part.error is None for part in points(out)] == [True, False, True]
+
+
+def test_an_outline_that_fails_leaves_the_points_it_had(lm: decoding.LocalBackend) -> None:
+    class Breaks(Dictated):
+        """Fails once the outline has three lines."""
+
+        def decoder(self, backend: decoding.LocalBackend) -> decoding.Decoder:
+            whole = super().decoder(backend)
+            commit = whole.commit
+
+            def breaking(sequences: Any, output: Any) -> Any:
+                if any(bytes(s.new_tokens).count(b"\n") == 3 for s in sequences):
+                    raise RuntimeError("out of ink")
+                return commit(sequences, output)
+
+            whole.commit = breaking  # type: ignore[method-assign]
+            return whole
+
+    out = answer(lm, outline=Breaks((("", OUTLINE),)))
+    assert out.error == "outline: RuntimeError: out of ink" and out.finish_reason == "error"
+    assert len(points(out)) == 3 and "3. **Price by use**" in out.text
+
+
+def test_earlier_turns_are_part_of_every_prompt(lm: decoding.LocalBackend) -> None:
+    talk: list[Message] = [
+        {"role": "system", "content": "You are a mayor."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Good day."},
+        {"role": "user", "content": QUESTION},
+    ]
+    alone, later = answer(lm), answer(lm, question=talk)
+    for label in ("outline", "point 1"):
+        assert later.parts[label].metrics.prompt_tokens > alone.parts[label].metrics.prompt_tokens + 30
+    with pytest.raises(InvalidRequest, match="last is the user's"):
+        answer(lm, question=talk[:3])
+
+
+def test_limits_of_points() -> None:
+    assert SkeletonOfThought().budget(0, 1000) == 64
+    even = SkeletonOfThought(max_points=4)
+    assert [even.budget(place, 100) for place in range(4)] == [25] * 4
+    uneven = SkeletonOfThought(max_points=4, point_tokens="96, 48")
+    assert uneven == SkeletonOfThought(max_points=4, point_tokens=[96, 48]) == parse(str(uneven))
+    assert [uneven.budget(place, 1000) for place in range(4)] == [96, 48, 48, 48]
+    assert [uneven.budget(place, 120) for place in range(4)] == [48, 24, 24, 24]
+    assert SkeletonOfThought().budget(5, 1) == 1
+
+
+def test_limits_and_lengths_reach_the_points(lm: decoding.LocalBackend) -> None:
+    out = answer(lm, PARAMS.but(max_new_tokens=600), point_tokens="20, 10, 5", length="about 40 words")
+    assert [len(part.tokens) for part in points(out)] == [20, 10, 5, 5]
+    plain = answer(lm, PARAMS.but(max_new_tokens=600), point_tokens="20, 10, 5")
+    grown = out.parts["point 1"].metrics.prompt_tokens - plain.parts["point 1"].metrics.prompt_tokens
+    assert grown == len("about 40 words") - len("one or two sentences")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"outline": "skeleton"}, "outline must be a token-level strategy"),
+        ({"expand": 3}, "expand must be a token-level strategy"),
+        ({"pipeline": 1}, "pipeline must be true or false"),
+        ({"dependencies": "yes"}, "dependencies must be true or false"),
+        ({"point_tokens": 0}, "point_tokens must be one integer"),
+        ({"point_tokens": "many"}, "point_tokens must be one integer"),
+        ({"point_tokens": []}, "point_tokens must be one integer"),
+        ({"router": "sometimes"}, "unknown router 'sometimes'"),
+        ({"router": "prompt(threshold=2)"}, "between 0 and 1"),
+        ({"router": "classifier(heads=x)"}, "did you mean 'head'"),
+        ({"router": 5}, "router must be"),
+    ],
+)
+def test_bad_options_get_one_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        SkeletonOfThought(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_text_form_names_stages_and_router() -> None:
+    text = "skeleton(outline=speculative(draft_length=3), expand=jacobi, pipeline=false, router=prompt(threshold=0.4))"
+    assert str(parse(text)) == text and parse(str(parse(text))) == parse(text)
+    assert str(SkeletonOfThought(router=str.isupper)) == "skeleton(router=str.isupper)"
+
+
+def test_on_a_server_points_are_asked_for_while_the_outline_streams() -> None:
+    def reply(asked: str) -> str:
+        if "give only its outline" in asked:
+            return "1. Repair pipes\n2. Plant for drought\n3. Price by use\n4. Teach children"
+        return f"All about it. It takes a few words to say: {asked.rsplit('. ', 1)[1]}."
+
+    lm = Typist(reply)
+    pieces: list[str] = []
+    out = answer(lm, outline=Autoregressive(), on_text=pieces.append)
+    assert out.error is None and "".join(pieces) == out.text
+    assert [line[0] for line in lm.log[:3]] == [">", ">", ">"]  # two points were asked for before anything had ended
+    assert all(f"to say: {title}." in out.text for title in TITLES)
+    lm.log.clear()
+    apart = answer(lm, outline=Autoregressive(), pipeline=False)
+    assert apart.text == out.text and [line[0] for line in lm.log[:3]] == [">", "<", ">"]
