@@ -29,7 +29,7 @@ from decoding.strategies.router import Classifier, Router, as_router
 from decoding.strategies.router.classifier import Head, HeadCard, model_mark, question_features
 
 FOLDS, ORDERS = 5, 3
-PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+PENALTIES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class HeadCard:
     model: whose hidden states it reads. layers: which, as numbers of decoder layers passed (0: embeddings).
     questions, positive: how many it was trained on, and how many of them want a list.
     accuracy, precision, recall: cross-validated on those; always_no: the accuracy of routing nothing.
-    source: the file of questions. command: what trained it.
+    source: the file of questions.
     """
 
     model: str
@@ -81,7 +81,6 @@ class HeadCard:
     recall: float
     always_no: float
     source: str = ""
-    command: str = ""
 
 
 @dataclass(frozen=True)
