@@ -246,6 +246,7 @@ def _generate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from decoding.api import generate, resolve
+    from decoding.cli_evaluate import print_account
 
     strategy = resolve(options.strategy)
     params = _params(options)
@@ -260,6 +261,7 @@ def _generate(options: argparse.Namespace) -> int:
     if options.metrics:
         for name, value in vars(generation.metrics).items():
             print(f"{name:>22}  {value:.4g}", file=sys.stderr)
+        print_account(lm)
     if generation.error is not None:
         print(f"decoding generate: error: {generation.error}", file=sys.stderr)
         return 2
@@ -269,6 +271,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from decoding.cli_evaluate import print_account
     from decoding.comparison import Comparison, execute
     from decoding.config import RunConfig, read_run_file
     from decoding.errors import InvalidRequest
@@ -298,6 +301,7 @@ def _compare(options: argparse.Namespace) -> int:
         print(notice, file=sys.stderr)
     run = read_run(output)
     print_summary(summarize(run))
+    print_account(lm)
     print(f"records: {output / 'records.jsonl'}\nreport:  {write_report(run, output)}")
     return 0
 
