@@ -40,9 +40,7 @@ def judge(options: argparse.Namespace, backend: Backend) -> int:
     for judgment in failed[:1]:
         said = judgment.g1_judgment if judgment.g1_winner == "error" else judgment.g2_judgment
         print(f"{len(failed)} pairs got no verdict, the first of them: {said[-300:]!r}", file=sys.stderr)
-    usage = getattr(backend, "usage", None)
-    if usage is not None:
-        print(f"{usage}{_price(getattr(backend, 'cost', None))}", file=sys.stderr)
+    print_account(backend)
     rows = [
         (row.strategy, judged) for row in summarize(read_run(options.directory)).strategies for judged in row.judged
     ]
@@ -120,5 +118,9 @@ def assess(options: argparse.Namespace) -> int:
     return 0
 
 
-def _price(cost: float | None) -> str:
-    return "" if cost is None else f"; cost {cost:.4g}"
+def print_account(backend: Backend) -> None:
+    """Say on standard error what a server was asked and what it cost; nothing for a local model."""
+    from decoding.backends.openai import OpenAIBackend
+
+    if isinstance(backend, OpenAIBackend):
+        print(f"{backend.name}: {backend.account()}", file=sys.stderr)

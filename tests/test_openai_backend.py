@@ -238,7 +238,8 @@ def test_an_answer_with_its_usage_and_cost(server: FaultServer) -> None:
     assert 0 < metrics.first_token_seconds <= metrics.seconds < 5
     assert (lm.usage.calls, lm.usage.retries, lm.usage.failed, lm.usage.unreported) == (1, 0, 0, 0)
     assert lm.cost == pytest.approx((40 * 1.0 + 60 * 0.5 + 12 * 4.0) / 1e6)
-    assert backend(server).cost is None
+    assert lm.account().endswith("tokens: 100 prompt (60 cached), 12 completion; cost 0.000118")
+    assert backend(server).cost is None and "cost" not in backend(server).account()
     (body,) = server.bodies
     assert body["messages"] == [{"role": "user", "content": "What is a fjord?"}]
     assert (body["model"], body["temperature"], body["seed"], body["max_tokens"]) == ("tiny", 0.0, 7, 256)

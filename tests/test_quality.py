@@ -12,9 +12,11 @@ from decoding.quality import (
     chrf,
     common_prefix,
     contains,
+    coverage,
     exact_match,
     has_number,
     numeric_match,
+    redundancy,
     rouge_l,
     score,
     similarity,
@@ -240,3 +242,33 @@ def test_nothing_is_scored_without_check_or_reference() -> None:
     assert score(Question("1", "writing", ("?",)), "text") is None
     assert score(Question("1", "writing", ("?",), ("text",)), "text") is None
     assert score(Question("1", "qa", ("?",), ("",), "contains"), "text") is None
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([], 0.0),
+        (["one two three four"], 0.0),
+        (["one two three", "four five six"], 0.0),
+        (["one two three four", "One, two, THREE: four!"], 1.0),
+        (["one two three four", "one two three five"], 0.5),
+        (["a b c", "d e f", "a b c d e f"], 0.5),  # abc, bcd, cde, def: the first and the last
+        (["one two", "one two"], 0.0),  # too short to say
+    ],
+)
+def test_redundancy_counts_what_stood_in_an_earlier_point(points: list[str], expected: float) -> None:
+    assert redundancy(points) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "expected"),
+    [
+        ("How can I improve my time management?", "Managing time improves with practice.", 2 / 3),
+        ("How can I improve my time management?", "Eat an apple.", 0.0),
+        ("What are you?", "Nothing.", 1.0),
+        ("Name 7 rivers", "Rivers: Nile", 0.5),
+        ("日本の首都", "首都は東京", 2 / 5),
+    ],
+)
+def test_coverage_is_about_the_questions_content_words(question: str, answer: str, expected: float) -> None:
+    assert coverage(question, answer) == pytest.approx(expected)

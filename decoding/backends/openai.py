@@ -147,6 +147,10 @@ class OpenAIBackend(Backend):
             + used.completion_tokens * self.completion_price
         ) / 1e6
 
+    def account(self) -> str:
+        """Usage, and its price if prices are known, in one line."""
+        return f"{self.usage}" + ("" if self.cost is None else f"; cost {self.cost:.4g}")
+
     async def complete(
         self,
         prompt: Prompt,
