@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from collections.abc import Sequence as List
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -12,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoding.backends.base import Backend, OnText
 from decoding.backends.choice import Choice, NextToken
-from decoding.backends.text import TextStream
+from decoding.backends.text import TextStream, token_pieces
 from decoding.engine.decoder import Decoder
 from decoding.engine.engine import Engine
+from decoding.engine.latency import LatencyModel, latency_of
 from decoding.engine.runner import Runner
 from decoding.engine.sequence import Sequence
 from decoding.errors import CapabilityError, InvalidRequest
@@ -70,6 +72,11 @@ class LocalBackend(Backend):
         """Where token ids go in."""
         return self.engine.runner.device
 
+    @cached_property
+    def latency(self) -> LatencyModel:
+        """What a step costs here; measured at the first time of asking, if it never was on this machine."""
+        return latency_of(self.engine.runner)
+
     def encode(self, prompt: Prompt, prefill: str = "") -> list[int]:
         """Token ids of a prompt: text and messages go through the chat template, ids stay as they are.
 
@@ -124,8 +131,7 @@ class LocalBackend(Backend):
             variant.forget()
 
     def pieces(self, tokens: List[int]) -> list[str]:
-        special = set(self.tokenizer.all_special_ids)
-        return ["" if token in special else str(self.tokenizer.decode([token])) for token in tokens]
+        return token_pieces(self.tokenizer, tokens)
 
     async def complete(
         self,

@@ -16,7 +16,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __AVX2__
+#if defined(__AVX2__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -34,6 +34,18 @@ constexpr int64_t AHEAD = 8;
 static inline vec load(const float* p) { return *reinterpret_cast<const loose_vec*>(p); }
 static inline void store(float* p, vec v) { *reinterpret_cast<loose_vec*>(p) = v; }
 static inline vec all(float x) { return x - vec{}; }
+
+// a * b + c, rounded once. Written out, since a compiler left to itself fuses in one place and not in another.
+static inline vec fma(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
 
 typedef int32_t int4 __attribute__((vector_size(16)));
 typedef float quad __attribute__((vector_size(16)));
@@ -65,17 +77,15 @@ static inline void sum4(vec a, vec b, vec c, vec d, float* out, int64_t stride) 
 static inline vec exponential(vec x) {
     x = x < -87.0f ? all(-87.0f) : x;
     x = x > 88.0f ? all(88.0f) : x;
-    vec n = x * 1.44269504088896341f + 12582912.0f;  // rounds to the nearest integer in the low bits
-    ivec whole = reinterpret_cast<ivec>(n) - 0x4B400000;
-    n -= 12582912.0f;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    const vec magic = all(12582912.0f);
+    vec n = fma(x, all(1.44269504088896341f), magic);  // rounds to the nearest integer, in the low bits
+    const ivec whole = reinterpret_cast<ivec>(n) - 0x4B400000;
+    n -= magic;
+    const vec r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), x));
     vec p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = fma(p, r, all(c));
+    p = fma(p, r * r, r) + 1.0f;
     return p * reinterpret_cast<vec>((whole + 127) << 23);
 }
 
@@ -130,7 +140,8 @@ struct Input {
 };
 
 // Keeps the compiler from loading a value again for every use.
-static inline vec once(vec v) {
+template <typename V>
+static inline V once(V v) {
 #ifdef __AVX2__
     asm("" : "+x"(v));
 #endif
@@ -165,7 +176,7 @@ static inline void tile(const Matrix& m, int64_t row, const Input& x, int64_t to
         ahead.ask();
         for (int r = 0; r < ROWS; r++) {
             const vec a = once(load(w + r * columns + k));
-            for (int t = 0; t < TOKENS; t++) acc[r][t] += a * b[t];
+            for (int t = 0; t < TOKENS; t++) acc[r][t] = fma(a, b[t], acc[r][t]);
         }
     }
     for (int t = 0; t < TOKENS; t++) {
@@ -201,7 +212,7 @@ static inline void tile8(const Matrix& m, int64_t row, const Input& x, int64_t t
             __m256i b[TOKENS];
             ahead.ask();
             for (int t = 0; t < TOKENS; t++)
-                b[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + t * x.width + k));
+                b[t] = once(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + t * x.width + k)));
             for (int r = 0; r < ROWS; r++) {
                 const __m256i a = _mm256_cvtepi8_epi16(
                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * columns + k)));
@@ -211,16 +222,11 @@ static inline void tile8(const Matrix& m, int64_t row, const Input& x, int64_t t
         }
         for (int r = 0; r < ROWS; r++)
             for (int t = 0; t < TOKENS; t++) {
-                const __m128i four = _mm_add_epi32(
-                    _mm256_castsi256_si128(acc[r][t]), _mm256_extracti128_si256(acc[r][t], 1));
-                if (columns <= FLUSH / 8) {  // small enough to add up in 32 bits
-                    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
-                    total[r][t] += _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
-                } else {
-                    alignas(32) int32_t lane[8];
-                    _mm256_store_si256(reinterpret_cast<__m256i*>(lane), acc[r][t]);
-                    for (int i = 0; i < 8; i++) total[r][t] += lane[i];
-                }
+                const __m256i four =
+                    _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(acc[r][t])),
+                                     _mm256_cvtepi32_epi64(_mm256_extracti128_si256(acc[r][t], 1)));
+                const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+                total[r][t] += _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
             }
     }
 #endif
@@ -278,9 +284,9 @@ static void multiply(const Matrix& m, int64_t row, int64_t stop, const Input& x,
 static void rms_norm(const float* x, const float* weight, float* out, int64_t size, float epsilon) {
     vec squares = {};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) squares += load(x + i) * load(x + i);
+    for (; i + LANES <= size; i += LANES) squares = fma(load(x + i), load(x + i), squares);
     float total = sum(squares);
-    for (int64_t j = i; j < size; j++) total += x[j] * x[j];
+    for (int64_t j = i; j < size; j++) total = std::fma(x[j], x[j], total);
     const float factor = 1.0f / std::sqrt(total / float(size) + epsilon);
     for (int64_t j = 0; j < size; j++) out[j] = weight[j] * (x[j] * factor);
 }
@@ -288,7 +294,7 @@ static void rms_norm(const float* x, const float* weight, float* out, int64_t si
 static float dot(const float* a, const float* b, int64_t size) {
     vec acc = {};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) acc += load(a + i) * load(b + i);
+    for (; i + LANES <= size; i += LANES) acc = fma(load(a + i), load(b + i), acc);
     float s = sum(acc);
     for (; i < size; i++) s = std::fma(a[i], b[i], s);
     return s;
@@ -504,7 +510,7 @@ class Run {
             vec acc[WIDE] = {};
             for (int64_t j = 0; j < seen; j++) {
                 const float* v = all_values + (j < prefix ? j : more[j - prefix]) * s.head_size + d;
-                for (int i = 0; i < WIDE; i++) acc[i] += weight[j] * load(v + i * LANES);
+                for (int i = 0; i < WIDE; i++) acc[i] = fma(all(weight[j]), load(v + i * LANES), acc[i]);
             }
             for (int i = 0; i < WIDE; i++) store(out + d + i * LANES, acc[i] * factor);
         }

@@ -38,7 +38,7 @@ from decoding.engine.precision import int8_rows
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("fused.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=off")
 _SHAPES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """transformers' classes whose layers are the ones of `fused.cpp`."""
 

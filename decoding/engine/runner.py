@@ -70,6 +70,11 @@ class Runner:
         self._linears = FastLinears(model) if self.fused is None else None
         self._check()
 
+    @property
+    def kernels(self) -> str:
+        """What computes the steps."""
+        return "layers" if self.fused is None else f"fused {self.fused.weights}"
+
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], *, layers: int | None = None) -> torch.Tensor:
         """Run one step. Returns logits [positions, vocab]: for every row that asked for them, at its last
