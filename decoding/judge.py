@@ -26,6 +26,7 @@ from decoding.report.records import BASELINE, AnswerRecord
 from decoding.report.runfile import Run
 from decoding.report.summary import first_answers
 from decoding.strategies.autoregressive import Autoregressive
+from decoding.trace import Metrics
 from decoding.types import Generation, Message, SamplingParams
 
 _VERDICT = re.compile(r"verdict\W{0,8}(?:answer\W+)?(A|B|tie)\b", re.IGNORECASE)
@@ -71,9 +72,7 @@ class Judge:
         if answer.text == other.text:
             return replace(judgment, g1_judgment="the same text", g2_judgment="the same text")
         asked = (self.ask(answer.question, answer.text, other.text), self.ask(answer.question, other.text, answer.text))
-        games = await asyncio.gather(
-            *(self.backend.complete(messages, self.params, Autoregressive()) for messages in asked)
-        )
+        games = await asyncio.gather(*(self._play(messages) for messages in asked))
         return replace(
             judgment,
             g1_winner=_winner(games[0], "model_1", "model_2"),
@@ -83,6 +82,12 @@ class Judge:
             g1_judgment=games[0].text if games[0].error is None else games[0].error,
             g2_judgment=games[1].text if games[1].error is None else games[1].error,
         )
+
+    async def _play(self, messages: list[Message]) -> Generation:
+        try:
+            return await self.backend.complete(messages, self.params, Autoregressive())
+        except InvalidRequest as error:  # two answers that do not fit the judge's context, say: others do
+            return Generation("", [], "error", Metrics(), error=str(error))
 
 
 def verdict(text: str) -> str | None:

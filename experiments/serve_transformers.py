@@ -13,7 +13,7 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
-from experiments.served import compared, environment, free_port, model_folder, served
+from experiments.served import STRATEGIES, compared, environment, free_port, model_folder, served
 
 # torch first: its version decides which build is installed.
 INSTALL = (["install", "torch==2.13.0"], ["install", "transformers[serving]==5.23.0"])
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=Path(".venvs/transformers-serve"))
     parser.add_argument("--model", default="smollm2-135m", help="alias or folder (%(default)s)")
     parser.add_argument("--questions", default="default")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
     parser.add_argument("--limit", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--dtype", default="float32")
@@ -44,6 +45,7 @@ def main() -> None:
             questions=options.questions,
             limit=options.limit,
             max_new_tokens=options.max_new_tokens,
+            strategies=options.strategies,
         )
 
 

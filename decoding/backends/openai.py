@@ -121,7 +121,7 @@ class OpenAIBackend(Backend):
             "max_completion_tokens" if endpoint == "chat" and url.hostname == "api.openai.com" else "max_tokens",
             extra_body,
         )
-        self._prefill = True if endpoint == "completions" else prefill
+        self._prefill = True if prefill is None and endpoint == "completions" else prefill
         self._set_prefill(bool(self._prefill))
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
         self._usage = Usage()
