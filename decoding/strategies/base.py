@@ -54,6 +54,10 @@ class TokenStrategy(Strategy):
     def decoder(self, backend: LocalBackend) -> Decoder:
         """A decoder for this strategy on this backend. Called once for each."""
 
+    def home(self, backend: LocalBackend) -> LocalBackend:
+        """Where its sequences run: on the backend itself, or on a variant of it with other weights."""
+        return backend
+
     async def answer(
         self, prompt: Prompt, params: SamplingParams, backend: Backend, on_text: OnText | None = None
     ) -> Generation:

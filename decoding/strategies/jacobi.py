@@ -1,137 +1,312 @@
 """Jacobi decoding: guess a block, run it, keep what agrees, and let the model's answers be the next guess.
 
-Santilli et al. 2023, "Accelerating Transformer Inference for Translation via Parallel Decoding"; with a
-key/value cache as in consistency LLMs (Kou et al. 2024).
+Santilli et al. 2023, "Accelerating Transformer Inference for Translation via Parallel Decoding" (Jacobi,
+Gauss-Seidel-Jacobi and the hybrid of both with plain decoding); with a key/value cache as in consistency LLMs (Kou
+et al. 2024); several blocks at once and n-grams recycled from what was rejected as in Jacobi forcing (Hu et al. 2025).
+
+A block's fixed point is plain decoding's text. For sampled requests the map that is iterated draws every token with
+the random number of its place in the answer, so there, too, the fixed point is what plain decoding gives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+import torch
+
+from decoding.drafting import Draft
 from decoding.engine.block import Block, Commit
-from decoding.engine.confirm import confirm
+from decoding.engine.confirm import PLACE_STREAM, confirm
 from decoding.engine.decoder import Decoder
-from decoding.errors import InvalidRequest
+from decoding.engine.sampling import SamplingColumns, draw, probabilities, uniforms
+from decoding.engine.width import Width
+from decoding.errors import InvalidRequest, UnknownName
 from decoding.strategies.base import TokenStrategy
+from decoding.strategies.ngrams import LONGEST, Followers, branches
+from decoding.strategies.worth import Worth, price_ratio
 
 if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
     from decoding.engine.output import Output
     from decoding.engine.sequence import Sequence
 
-# Recycled guesses follow the longest run of tokens seen before, up to this many: more rarely come again.
-_LONGEST = 3
+SCHEDULES = ("sliding", "gauss-seidel", "hybrid")
+INITIAL = ("ngrams", "iterate")
+
+_UNMEASURED_BLOCK = 4  # tokens, where nothing is known of what a step costs
+_LARGEST_BLOCK = 16  # tokens, where it is; a trained adapter's block likewise
+_TRAINED = 2.0  # tokens per step that a trained model is believed to bring until it shows otherwise
+_CONFIDENCE = (0.15, 0.25, 0.4, 0.6)
+"""The first guess at how often a guess is right: an iterate, or what followed a run of 1, 2 or 3 tokens. What comes
+true corrects it, see `engine.width`."""
+_BRANCH = 0.12  # the same for the first token of an alternative to the chain
 
 
 @dataclass(frozen=True)
 class Jacobi(TokenStrategy):
-    """Fixed-point iteration on blocks of `block_size` tokens, the last committed one included.
+    """Fixed-point iteration on blocks. The tokens are plain decoding's, greedy and sampled.
 
-    Greedy requests get plain decoding's tokens; sampled ones its distribution, because a guess that was
-    made before the random numbers are drawn is a deterministic draft.
-
-    recycle: fill the block with what came last after its last few tokens, in the text or in an earlier iterate,
-    rejected ones included, instead of with the last iterate and a repetition of the recent text.
+    block_size: tokens in a block, the last committed one included. None chooses how much of a block is run in every
+        step, none of it included, from what came true so far and the measured cost of a step.
+    schedule: "sliding" moves the block on with every token that is fixed; "gauss-seidel" iterates a block to its
+        fixed point before the next one starts; "hybrid" does, too, but decodes the rest of a block plainly once
+        its iterate holds an end of the answer, behind which nothing is worth iterating.
+    blocks: how many blocks may be iterated at once. A further one starts when half of the one before it is settled;
+        it is guesswork until everything before it is fixed. Not for the sliding schedule, which has one block.
+    initial: what a place is guessed from first: "ngrams", what came last after the tokens before it, or "iterate",
+        the model's answer in the last step. None takes n-grams, or the iterate for a trained adapter.
+    recycle: the n-grams are those of the text and of all iterates, rejected ones included; false: of the text.
+    candidates: n-grams that are verified beside the block, as branches.
+    adapter: a LoRA adapter trained for this (`experiments/train_jacobi.py`): the name of one that comes with the
+        package, or a folder. The tokens are then exactly those of plain decoding *by the adapted model*.
     """
 
-    block_size: int = 4
-    recycle: bool = False
+    block_size: int | None = None
+    schedule: str = "sliding"
+    blocks: int = 1
+    initial: str | None = None
+    recycle: bool = True
+    candidates: int = 0
+    adapter: str | None = None
 
     name: ClassVar[str] = "jacobi"
     summary: ClassVar[str] = "guess a block, iterate it to the fixed point; no drafter, lossless"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.block_size, int) or self.block_size < 2:
-            raise InvalidRequest(f"block_size must be an integer of at least 2, not {self.block_size!r}.")
+        for option, least in (("block_size", 2), ("blocks", 1), ("candidates", 0)):
+            value = getattr(self, option)
+            if option == "block_size" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
+        if self.schedule not in SCHEDULES:
+            raise UnknownName("schedule", str(self.schedule), SCHEDULES)
+        if self.initial is not None and self.initial not in INITIAL:
+            raise UnknownName("initial guess", str(self.initial), INITIAL)
         if not isinstance(self.recycle, bool):
             raise InvalidRequest(f"recycle must be true or false, not {self.recycle!r}.")
+        if self.blocks > 1 and self.schedule == "sliding":
+            raise InvalidRequest("the sliding schedule has one block; choose schedule=gauss-seidel for several.")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise InvalidRequest(f"adapter must be a name or a folder, not {self.adapter!r}.")
 
     @property
     def lossless(self) -> bool:
-        return True
+        return self.adapter is None
+
+    def home(self, backend: LocalBackend) -> LocalBackend:
+        if self.adapter is None:
+            return backend
+        from decoding.strategies.adapter import adapted
+
+        return adapted(backend, self.adapter)
 
     def decoder(self, backend: LocalBackend) -> Decoder:
-        return JacobiDecoder(self.block_size, recycle=self.recycle)
+        latency = getattr(backend, "latency", None) if self.block_size is None else None
+        unmeasured = _UNMEASURED_BLOCK if self.adapter is None else _LARGEST_BLOCK
+        return JacobiDecoder(
+            self.block_size or (unmeasured if latency is None else _LARGEST_BLOCK),
+            schedule=self.schedule,
+            blocks=self.blocks,
+            initial=self.initial or ("ngrams" if self.adapter is None else "iterate"),
+            recycle=self.recycle,
+            candidates=self.candidates,
+            width=None if latency is None else Width(latency),
+            trained=self.adapter is not None,
+        )
+
+
+@dataclass
+class _Iteration:
+    """The state of one sequence. Places are indices of its text.
+
+    ends: of the blocks under way, the place behind each. iterate: the model's last answer for places that are not
+    fixed. settled: those for which it was the answer before, too. plain_until: places before it are not guessed.
+    wide: the step runs whole blocks.
+    """
+
+    followers: Followers
+    worth: Worth
+    ends: list[int] = field(default_factory=list)
+    iterate: dict[int, int] = field(default_factory=dict)
+    settled: set[int] = field(default_factory=set)
+    plain_until: int = 0
+    wide: bool = True
 
 
 class JacobiDecoder(Decoder):
-    """Keeps one guess per sequence: what the model said last time behind the accepted tokens.
+    """Iterates blocks of `block_size` tokens; the options are those of `Jacobi`.
 
-    With `recycle` it also keeps what followed what, see `_Followers`, and prefers that.
+    width: chooses how many of the guesses are run; without it, all of them. trained: with `width`, whole blocks are
+    run all the same, for as long as they pay.
     """
 
-    def __init__(self, block_size: int, *, recycle: bool = False) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        *,
+        schedule: str = "sliding",
+        blocks: int = 1,
+        initial: str = "ngrams",
+        recycle: bool = True,
+        candidates: int = 0,
+        width: Width | None = None,
+        trained: bool = False,
+    ) -> None:
         self.block_size = block_size
+        self.schedule = schedule
+        self.blocks = blocks
+        self.initial = initial
         self.recycle = recycle
-        self._guesses: dict[int, list[int]] = {}
-        self._followers: dict[int, _Followers] = {}
+        self.candidates = candidates
+        self.width = width
+        self.trained = trained
+        self._iterations: dict[int, _Iteration] = {}
 
     @property
     def name(self) -> str:
         return "jacobi"
 
     def plan(self, sequences: List[Sequence]) -> list[Block]:
-        blocks = []
-        for sequence in sequences:
-            guess = self._guesses.get(sequence.id, [])
-            width = min(self.block_size - 1, sequence.room)
-            text = list(sequence.tokens)
-            followers = self._followers.setdefault(sequence.id, _Followers()) if self.recycle else None
-            if followers is not None:
-                followers.read(text)
-            for place in range(width):
-                known = followers.find(text) if followers is not None else None
-                if known is not None:
-                    text.append(known)
-                elif place < len(guess):
-                    text.append(guess[place])
-                else:
-                    # An empty place gets a token from as far back as the block is long: any guess is allowed,
-                    # and recent text beats a constant.
-                    text.append(text[-min(self.block_size, len(text))])
-            blocks.append(Block(text[len(sequence.tokens) :]))
-        return blocks
+        drafts = [self._draft(sequence, len(sequences)) for sequence in sequences]
+        if self.width is not None:
+            narrow = [i for i, s in enumerate(sequences) if not self._iterations[s.id].wide]
+            trimmed = self.width.trim([sequences[i] for i in narrow], [drafts[i] for i in narrow])[0] if narrow else []
+            for i, draft in zip(narrow, trimmed, strict=True):
+                drafts[i] = draft
+        return [draft.block for draft in drafts]
 
     def commit(self, sequences: List[Sequence], output: Output) -> list[Commit]:
         commits = confirm(output)
         for i, (sequence, commit) in enumerate(zip(sequences, commits, strict=True)):
-            answers = output.best(i).tolist()
-            self._guesses[sequence.id] = answers[len(commit.tokens) :]
-            if sequence.id in self._followers:
-                self._followers[sequence.id].learn([*sequence.tokens[-_LONGEST:], *output.blocks[i].tokens], answers)
+            state = self._iteration(sequence)
+            block = output.blocks[i]
+            chain = _chain(block)
+            # What the model says at every place is wanted even behind guesses that were wrong: that is the iteration.
+            answers = best_answers(output, i, 1 + len(chain)) if chain else [commit.tokens[0]]
+            if self.recycle:
+                state.followers.learn([*sequence.tokens[-LONGEST:], *chain], answers)
+            here, gained = len(sequence.tokens), len(commit.tokens)
+            state.settled = {here + j for j, guess in enumerate(chain) if guess == answers[j]}
+            state.iterate = {here + j: answers[j] for j in range(gained, len(answers))}
+            if self.width is not None:
+                self.width.learn(sequence, commit.tokens)
+                if state.wide and chain:
+                    state.worth.saw(gained)
+                else:
+                    state.worth.rested()
         return commits
 
     def forget(self, sequence: Sequence) -> None:
-        self._guesses.pop(sequence.id, None)
-        self._followers.pop(sequence.id, None)
+        self._iterations.pop(sequence.id, None)
+        if self.width is not None:
+            self.width.forget(sequence)
+
+    def unlearn(self) -> None:
+        if self.width is not None:
+            self.width.unlearn()
+
+    def _iteration(self, sequence: Sequence) -> _Iteration:
+        if sequence.id not in self._iterations:
+            self._iterations[sequence.id] = _Iteration(Followers(1 + self.candidates), Worth(_TRAINED))
+        return self._iterations[sequence.id]
+
+    def _draft(self, sequence: Sequence, companions: int) -> Draft:
+        """This step's guesses: the block's places as a chain, and other n-grams as branches."""
+        state = self._iteration(sequence)
+        state.followers.read(sequence.tokens)
+        places = max(0, min(self._places(sequence, state), sequence.room))
+        state.wide = self.width is None or (
+            self.trained
+            and state.worth.mean
+            >= price_ratio(self.width.latency, 1 + places, 1, companions, float(len(sequence.tokens)))
+        )
+        chain, confidence = self._guesses(sequence, state, places)
+        others = self._others(sequence, state, chain, places)
+        if not others:
+            return Draft(Block(chain), confidence=confidence)
+        block = branches([chain, *others])
+        more = len(block) - len(chain)
+        return Draft(block, confidence=[*confidence, *[_BRANCH] * more])
+
+    def _places(self, sequence: Sequence, state: _Iteration) -> int:
+        """How many places behind the text the schedule iterates now."""
+        here, size = len(sequence.tokens), self.block_size - 1
+        if self.schedule == "sliding":
+            return size
+        if here < state.plain_until:
+            return 0
+        state.ends = [end for end in state.ends if end > here] or [here + size]
+        last = range(state.ends[-1] - size, state.ends[-1])
+        if len(state.ends) < self.blocks and 2 * sum(p < here or p in state.settled for p in last) >= size:
+            state.ends.append(state.ends[-1] + size)
+        if self.schedule == "hybrid" and any(token in sequence.eos for token in state.iterate.values()):
+            state.plain_until = state.ends[-1]
+            return 0
+        return state.ends[-1] - here
+
+    def _guesses(self, sequence: Sequence, state: _Iteration, places: int) -> tuple[list[int], list[float]]:
+        """A guess for every place, and how often such guesses are right; fewer where only good ones are run."""
+        text, confidence = list(sequence.tokens), []
+        for place in range(len(text), len(text) + places):
+            iterate = state.iterate.get(place)
+            found, length = state.followers.find(text)
+            if found and not (self.initial == "iterate" and iterate is not None):
+                text.append(found[0])
+                confidence.append(_CONFIDENCE[length])
+            elif iterate is not None:
+                text.append(iterate)
+                confidence.append(_CONFIDENCE[0])
+            elif state.wide:
+                # An empty place gets a token from as far back as the block is long: any guess is allowed, and recent
+                # text beats a constant.
+                text.append(text[-min(self.block_size, len(text))])
+                confidence.append(_CONFIDENCE[0])
+            else:
+                break
+        return text[len(sequence.tokens) :], confidence
+
+    def _others(self, sequence: Sequence, state: _Iteration, chain: list[int], places: int) -> list[list[int]]:
+        """Other continuations: each starts with another follower of the text, and goes on with the likeliest."""
+        if not self.candidates or not places:
+            return []
+        firsts = [token for token in state.followers.find(sequence.tokens)[0] if token not in chain[:1]]
+        others = []
+        for first in firsts[: self.candidates]:
+            text = [*sequence.tokens[-LONGEST:], first]
+            start = len(text) - 1
+            while len(text) - start < min(places, 1 + LONGEST) and (found := state.followers.find(text)[0]):
+                text.append(found[0])
+            others.append(text[start:])
+        return others
 
 
-class _Followers:
-    """The token that came last after every run of up to `_LONGEST` tokens, in a text or in the model's answers."""
+def _chain(block: Block) -> list[int]:
+    """The tokens of a block's first branch, whose nodes come first."""
+    if block.parents is None:
+        return list(block.tokens)
+    length = 0
+    while length < len(block) and block.parents[length] == length - 1:
+        length += 1
+    return list(block.tokens[:length])
 
-    def __init__(self) -> None:
-        self._next: dict[tuple[int, ...], int] = {}
-        self._read = 1  # tokens of the text that are known
 
-    def read(self, text: List[int]) -> None:
-        """Learn what a growing text added since the last call."""
-        if len(text) > self._read:
-            self.learn(text[max(0, self._read - _LONGEST) : -1], text[self._read :])
-        self._read = len(text)
+def best_answers(output: Output, i: int, count: int) -> list[int]:
+    """What sequence i's request would choose next at the root of its block and at its first `count - 1` guesses.
 
-    def learn(self, tokens: List[int], answers: List[int]) -> None:
-        """Each of the last `len(answers)` tokens, with those before it, was followed by the answer at its place."""
-        first = len(tokens) - len(answers) + 1
-        for end, answer in enumerate(answers, start=first):
-            for size in range(1, min(_LONGEST, end) + 1):
-                self._next[tuple(tokens[end - size : end])] = answer
-
-    def find(self, text: List[int]) -> int | None:
-        """What followed the longest known run that ends `text`."""
-        for size in range(min(_LONGEST, len(text)), 0, -1):
-            found = self._next.get(tuple(text[-size:]))
-            if found is not None:
-                return found
-        return None
+    The most likely token, or for a sampled request the one drawn with the random number of its place in the answer.
+    """
+    sequence = output.sequences[i]
+    if sequence.params.temperature == 0:
+        greedy: list[int] = output.best(i)[:count].tolist()
+        return greedy
+    device = output.logits.device
+    start = int(output.offsets[i])
+    places = torch.from_numpy(len(sequence.tokens) - len(sequence.prompt) + np.arange(count)).to(device)
+    columns = SamplingColumns.of([sequence.params], device).rows(torch.zeros_like(places))
+    u = uniforms(columns.seed, places, PLACE_STREAM, 1)[:, 0]
+    drawn: list[int] = draw(probabilities(output.logits[start : start + count], columns), u).tolist()
+    return drawn
