@@ -47,7 +47,7 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
         raise InvalidRequest(f"{text!r} is not of the form name or name(option=value, …).")
     name, inside = match.group(1), match.group(2)
     options: dict[str, Any] = {}
-    for part in _split(inside or "", text):
+    for part in split_outside(inside or "", ",", text):
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise InvalidRequest(f"{part.strip()!r} in {text!r} is not of the form option=value.")
@@ -55,10 +55,10 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _split(inside: str, whole: str) -> list[str]:
-    """Split at commas outside parentheses and quotes."""
+def split_outside(inside: str, at: str, whole: str = "") -> list[str]:
+    """Split at a character, outside parentheses and quotes. Raises InvalidRequest if those do not match."""
     parts, depth, quote, start = [], 0, "", 0
-    for at, char in enumerate(inside):
+    for place, char in enumerate(inside):
         if quote:
             quote = "" if char == quote else quote
         elif char in "\"'":
@@ -67,13 +67,13 @@ def _split(inside: str, whole: str) -> list[str]:
             depth += 1
         elif char == ")":
             depth -= 1
-        elif char == "," and depth == 0:
-            parts.append(inside[start:at])
-            start = at + 1
+        elif char == at and depth == 0:
+            parts.append(inside[start:place])
+            start = place + 1
         if depth < 0:
             break
     if depth or quote:
-        raise InvalidRequest(f"parentheses or quotes do not match in {whole!r}.")
+        raise InvalidRequest(f"parentheses or quotes do not match in {whole or inside!r}.")
     parts.append(inside[start:])
     return [part for part in parts if part.strip()]
 

@@ -5,8 +5,10 @@ Leviathan et al. 2023; Chen et al. 2023.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 
 from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block
+from decoding.engine.latency import LatencyModel, latency_of
 from decoding.engine.packing import Row
 from decoding.engine.runner import Runner
 from decoding.engine.sampling import SamplingColumns, draw, probabilities, uniforms
@@ -28,12 +31,98 @@ if TYPE_CHECKING:
 _STREAM = 2  # of random numbers; the verifier uses others
 
 
+class Follower:
+    """A model with a cache of its own that keeps up with texts, computing only what is new in them."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self._slots: dict[int, int] = {}
+
+    @classmethod
+    def beside(cls, backend: LocalBackend, model: PreTrainedModel) -> Follower:
+        """A follower with as many slots as the backend has."""
+        cache = backend.engine.runner.cache
+        return cls(Runner(model, cache.slots, cache.capacity))
+
+    @cached_property
+    def _latency(self) -> LatencyModel:
+        return latency_of(self.runner)
+
+    def cost(self, levels: int, sequences: int, context: float) -> float:
+        """Seconds of so many levels of guesses; measured at the first time of asking, if never before."""
+        return levels * float(self._latency.cost(sequences, sequences, context))
+
+    def logits(self, texts: dict[int, list[int]]) -> torch.Tensor:
+        """[texts, vocab] behind the end of each text, given by the number of its sequence."""
+        cache, rows = self.runner.cache, []
+        for owner, tokens in texts.items():
+            slot = self._slot(owner, tokens)
+            # What the cache holds of guesses that were refused, or of nothing at all, is rolled back.
+            cache.truncate(slot, min(int(cache.shared_prefix(np.asarray(tokens))[slot]), len(tokens) - 1))
+            rows.append(Row(slot, tokens[cache.lengths[slot] :], Block()))
+        logits = self.runner.forward(rows)
+        for row in rows:
+            cache.commit(row.slot, row.pending)
+        return logits
+
+    def fits(self, tokens: List[int]) -> bool:
+        """Whether a text of this length can be followed."""
+        return len(tokens) <= self.runner.cache.capacity
+
+    def _slot(self, owner: int, tokens: List[int]) -> int:
+        if owner not in self._slots:
+            if not self.runner.cache.free:
+                raise InvalidRequest("the draft model has no free slot; load it with as many slots as the target.")
+            self._slots[owner], _ = self.runner.cache.acquire(tokens)
+        return self._slots[owner]
+
+    def forget(self, owner: int) -> None:
+        """The text has ended."""
+        if owner in self._slots:
+            self.runner.cache.release(self._slots.pop(owner))
+
+
+Ahead = Callable[[list[int], list[list[int]]], torch.Tensor]
+"""Logits [active, target vocabulary] behind each active sequence's text and guesses: (indices, guesses of each)."""
+
+
+def guess_ahead(sequences: List[Sequence], lengths: List[int], ahead: Ahead) -> list[Draft]:
+    """Chains of `lengths[i]` guesses, one level of all sequences after the other: the most likely tokens of greedy
+    requests, draws under the request's own temperature and filters of the others."""
+    guesses: list[list[int]] = [[] for _ in sequences]
+    chances: list[list[torch.Tensor]] = [[] for _ in sequences]
+    confidence: list[list[float]] = [[] for _ in sequences]
+    for depth in range(max(lengths, default=0)):
+        active = [i for i, length in enumerate(lengths) if length > depth]
+        logits = ahead(active, [guesses[i] for i in active])
+        best, tokens = logits.max(dim=-1)
+        likely = (best - logits.logsumexp(-1)).exp().tolist()
+        chosen = tokens.tolist()
+        sampled = [k for k, i in enumerate(active) if sequences[i].params.temperature > 0]
+        if sampled:
+            members = [sequences[active[k]] for k in sampled]
+            columns = SamplingColumns.of([s.params for s in members], logits.device)
+            chance = probabilities(logits[sampled], columns)
+            draws = torch.tensor([s.draws for s in members], device=logits.device)
+            u = uniforms(columns.seed, draws, _STREAM, depth + 1)[:, depth]
+            for k, token, row in zip(sampled, draw(chance, u).tolist(), chance, strict=True):
+                chosen[k] = token
+                chances[active[k]].append(row)
+        for k, i in enumerate(active):
+            guesses[i].append(chosen[k])
+            confidence[i].append(likely[k])
+    return [
+        Draft(Block(tokens), torch.stack(chance)) if chance else Draft(Block(tokens), confidence=likely)
+        for tokens, chance, likely in zip(guesses, chances, confidence, strict=True)
+    ]
+
+
 @dataclass(eq=False)
 class DraftModel(Drafter):
     """model: an alias, folder, .gguf file or hub id, or a transformers model.
 
     Runs on a runner of its own, with its own slots. Its vocabulary must be the target's: padded rows aside,
-    both models must read and write the same ids.
+    both models must read and write the same ids (`cross-vocabulary` takes others).
     """
 
     model: str | PreTrainedModel
@@ -41,9 +130,8 @@ class DraftModel(Drafter):
     name: ClassVar[str] = "draft-model"
     summary: ClassVar[str] = "a smaller model of the same tokenizer; draft-model(model=NAME)"
 
-    _runner: Runner = field(init=False, repr=False)
-    _slots: dict[int, int] = field(default_factory=dict, init=False, repr=False)
-    _vocab: int = field(default=0, init=False, repr=False)
+    _follower: Follower = field(init=False, repr=False)
+    _backend: LocalBackend = field(init=False, repr=False)
 
     def attach(self, backend: LocalBackend) -> None:
         """Load the model and give it as many slots as the target has.
@@ -59,73 +147,32 @@ class DraftModel(Drafter):
             if loaded.tokenizer.get_vocab() != backend.tokenizer.get_vocab():
                 raise ModelError(
                     f"the draft model {self.model} has another vocabulary than {backend.name}; use a draft model "
-                    "with the same tokenizer."
+                    "with the same tokenizer, or the drafter cross-vocabulary."
                 )
         else:
             model = self.model
-        self._vocab = target.vocab
-        self._runner = Runner(model, target.cache.slots, target.cache.capacity)
-        if self._runner.vocab != self._vocab and self._runner.vocab < len(backend.tokenizer):
+        self._backend = backend
+        self._follower = Follower.beside(backend, model)
+        vocab = self._follower.runner.vocab
+        if vocab != target.vocab and vocab < len(backend.tokenizer):
             raise ModelError(
-                f"the draft model has a vocabulary of {self._runner.vocab} tokens and {backend.name} of "
-                f"{self._vocab}; use a draft model with the same tokenizer."
+                f"the draft model has a vocabulary of {vocab} tokens and {backend.name} of {target.vocab}; use a "
+                "draft model with the same tokenizer, or the drafter cross-vocabulary."
             )
 
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
-        guesses: list[list[int]] = [[] for _ in sequences]
-        chances: list[list[torch.Tensor]] = [[] for _ in sequences]
-        for depth in range(max(lengths, default=0)):
-            active = [i for i, length in enumerate(lengths) if length > depth and self._fits(sequences[i], depth)]
-            if not active:
-                break
-            for i, token, chance in self._step(sequences, active, guesses, depth):
-                guesses[i].append(token)
-                if chance is not None:
-                    chances[i].append(chance)
-        return [
-            Draft(Block(tokens), torch.stack(chance) if chance else None)
-            for tokens, chance in zip(guesses, chances, strict=True)
-        ]
+        def ahead(active: list[int], guesses: list[list[int]]) -> torch.Tensor:
+            texts = {sequences[i].id: sequences[i].tokens + guess for i, guess in zip(active, guesses, strict=True)}
+            vocab = self._backend.engine.runner.vocab
+            logits = self._follower.logits(texts)[:, :vocab]
+            return torch.nn.functional.pad(logits, (0, vocab - logits.shape[1]), value=-torch.inf)
 
-    def _fits(self, sequence: Sequence, depth: int) -> bool:
-        return len(sequence.tokens) + depth <= self._runner.cache.capacity
+        capacity = self._follower.runner.cache.capacity
+        fitting = [min(n, capacity + 1 - len(s.tokens)) for s, n in zip(sequences, lengths, strict=True)]
+        return guess_ahead(sequences, fitting, ahead)
 
-    def _step(
-        self, sequences: List[Sequence], active: list[int], guesses: list[list[int]], depth: int
-    ) -> list[tuple[int, int, torch.Tensor | None]]:
-        """One more guess for every active sequence: (index, token, [vocab] distribution if sampled)."""
-        rows = []
-        cache = self._runner.cache
-        for i in active:
-            tokens = sequences[i].tokens + guesses[i]
-            slot = self._slot(sequences[i])
-            # What the cache holds of guesses that were refused, or of nothing at all, is rolled back.
-            cache.truncate(slot, min(int(cache.shared_prefix(np.asarray(tokens))[slot]), len(tokens) - 1))
-            rows.append(Row(slot, tokens[cache.lengths[slot] :], Block()))
-        logits = self._runner.forward(rows)[:, : self._vocab]
-        for row in rows:
-            cache.commit(row.slot, row.pending)
-        sampled = [k for k, i in enumerate(active) if sequences[i].params.temperature > 0]
-        tokens = logits.argmax(dim=-1).tolist()
-        chances: dict[int, torch.Tensor] = {}
-        if sampled:
-            members = [sequences[active[k]] for k in sampled]
-            columns = SamplingColumns.of([s.params for s in members], logits.device)
-            chance = probabilities(logits[sampled], columns)
-            chance = torch.nn.functional.pad(chance, (0, self._vocab - chance.shape[1]))
-            draws = torch.tensor([s.draws for s in members], device=logits.device)
-            u = uniforms(columns.seed, draws, _STREAM, depth + 1)[:, depth]
-            for k, token, row in zip(sampled, draw(chance, u).tolist(), chance, strict=True):
-                tokens[k], chances[k] = token, row
-        return [(i, tokens[k], chances.get(k)) for k, i in enumerate(active)]
-
-    def _slot(self, sequence: Sequence) -> int:
-        if sequence.id not in self._slots:
-            if not self._runner.cache.free:
-                raise InvalidRequest("the draft model has no free slot; load it with as many slots as the target.")
-            self._slots[sequence.id], _ = self._runner.cache.acquire(sequence.tokens)
-        return self._slots[sequence.id]
+    def cost(self, levels: int, sequences: int, context: float) -> float:
+        return self._follower.cost(levels, sequences, context)
 
     def forget(self, sequence: Sequence) -> None:
-        if sequence.id in self._slots:
-            self._runner.cache.release(self._slots.pop(sequence.id))
+        self._follower.forget(sequence.id)

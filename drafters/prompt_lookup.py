@@ -16,6 +16,8 @@ from decoding.errors import InvalidRequest
 if TYPE_CHECKING:
     from decoding.engine.sequence import Sequence
 
+_LONG_MATCH = 16
+
 
 @dataclass(eq=False)
 class PromptLookup(Drafter):
@@ -43,7 +45,12 @@ class PromptLookup(Drafter):
         for sequence, length in zip(sequences, lengths, strict=True):
             index = self._indices.setdefault(sequence.id, _Index(self.min_ngram, self.max_ngram))
             at = index.find(sequence.tokens)
-            drafts.append(Draft(Block(_continuation(sequence.tokens, at, length))) if at else Draft())
+            if at and length > 0:
+                matched = _matched(sequence.tokens, at)
+                guesses = _continuation(sequence.tokens, at, length)
+                drafts.append(Draft(Block(guesses), confidence=[match_worth(matched + i) for i in range(length)]))
+            else:
+                drafts.append(Draft())
         return drafts
 
     def forget(self, sequence: Sequence) -> None:
@@ -71,6 +78,20 @@ class _Index:
             if found is not None:
                 return found
         return 0
+
+
+def match_worth(matched: int) -> float:
+    """A first guess at the chance that what followed `matched` tokens the last time follows them again. A guess that
+    comes true lengthens the match, so that the next one is worth more."""
+    return 1 - 0.65 * 0.8 ** (matched - 1)
+
+
+def _matched(tokens: List[int], at: int) -> int:
+    """How many tokens before `at` are those that end the text, as far as that makes a difference."""
+    count = 1
+    while count < min(at, _LONG_MATCH) and tokens[at - 1 - count] == tokens[-1 - count]:
+        count += 1
+    return count
 
 
 def _continuation(tokens: List[int], start: int, length: int) -> list[int]:

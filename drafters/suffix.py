@@ -21,6 +21,7 @@ import numpy as np
 from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block
 from decoding.errors import InvalidRequest, RecordError
+from drafters.prompt_lookup import match_worth
 
 if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
@@ -110,35 +111,36 @@ class Suffix(Drafter):
                 own = self._best(text.with_room(length), text.size, end, length, grows=True)
                 shared = self._best(others, len(others) - 1, end, length, grows=False)
                 guess = own if own.score >= shared.score else shared
-            drafts.append(Draft(Block(guess.tokens)))
+            drafts.append(Draft(Block(guess.tokens), confidence=guess.confidence))
         return drafts
 
     def _best(self, text: np.ndarray, size: int, end: np.ndarray, length: int, *, grows: bool) -> _Guess:
         """The best guess over all lengths of match in text[:size] with the last tokens, `end` (last token first)."""
         after = np.flatnonzero(text[:size] == end[0]) + 1  # where occurrences continue
-        matches: list[tuple[int, np.ndarray]] = []
+        matches: list[tuple[int, int, np.ndarray]] = []
         for matched in range(1, len(end) + 1):
             if not len(after):
                 break
             longer = after[text[after - matched - 1] == end[matched]] if matched < len(end) else after[:0]
             if len(longer) < len(after):  # else the longer match says the same with more confidence
-                matches.append((min(length, int(self.factor * matched)), after[-_SAMPLE:]))
+                matches.append((matched, min(length, int(self.factor * matched)), after[-_SAMPLE:]))
             after = longer
         best = _Guess()
-        for limit, after in reversed(matches):
+        for matched, limit, after in reversed(matches):
             if best.score >= limit:
                 break  # no guess of a shorter match can promise more
-            guess = self._follow(text, size, after, limit, grows)
+            guess = self._follow(text, size, after, limit, matched, grows)
             best = guess if guess.score > best.score else best
         return best
 
-    def _follow(self, text: np.ndarray, size: int, after: np.ndarray, limit: int, grows: bool) -> _Guess:
+    def _follow(self, text: np.ndarray, size: int, after: np.ndarray, limit: int, matched: int, grows: bool) -> _Guess:
         """The most frequent token, and on from where it stood, while the chance that all are right suffices.
 
         A text that `grows` is continued by its own guesses behind its last token, text[size], so that an
         occurrence close to the end, a repetition, goes on as well.
         """
         tokens: list[int] = []
+        confidence: list[float] = []
         chance, score = 1.0, 0.0
         while len(tokens) < limit:
             following = text[after + len(tokens)]
@@ -154,10 +156,12 @@ class Suffix(Drafter):
                 break
             if grows:
                 text[size + 1 + len(tokens)] = token
-            after = after[following == token]
+            # The length of the match speaks for one occurrence; every further one has a vote of its own.
+            confidence.append((count - 1 + 2 * match_worth(matched + len(tokens))) / (following.size + 1))
             tokens.append(token)
+            after = after[following == token]
             score += chance
-        return _Guess(tokens, score)
+        return _Guess(tokens, confidence, score)
 
     def forget(self, sequence: Sequence) -> None:
         self._texts.pop(sequence.id, None)
@@ -171,9 +175,11 @@ class Suffix(Drafter):
 
 @dataclass(frozen=True)
 class _Guess:
-    """score: the expected number of right tokens."""
+    """confidence: [tokens] the chance of each, given those before it. score: the expected number of right tokens, going
+    by frequencies alone."""
 
     tokens: List[int] = ()
+    confidence: List[float] = ()
     score: float = 0.0
 
 

@@ -7,7 +7,6 @@ Recycling".
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -25,53 +24,81 @@ if TYPE_CHECKING:
     from decoding.engine.sequence import Sequence
 
 
+_DOUBT = 0.75  # what the model found likely behind a token in another context is this much less so in this one
+_LEAST = 0.02  # branches that are less likely than this are not worth a node
+
+
 @dataclass(eq=False)
 class TokenRecycling(Drafter):
-    """Remembers, for every token, the `width` most likely next tokens when the model last saw it, and unfolds
-    these from the last token into a tree of a fixed shape.
+    """Remembers, for every token, the `width` most likely next tokens when the model last saw it and how likely they
+    were, and unfolds these from the last token into a tree, the most likely branches first.
 
     The table persists as long as the drafter: requests teach each other. Greedy answers do not depend on
-    that; a sampled answer keeps its distribution, but which one a seed gives depends on what came before.
+    that, nor do sampled ones.
 
     nodes: guesses per step and sequence, at most. width: children per node, at most.
     """
 
-    nodes: int = 48
+    nodes: int = 16
     width: int = 8
 
     name: ClassVar[str] = "token-recycling"
     summary: ClassVar[str] = "trees of what the model found likely after each token, the last time it came"
 
-    _tree: _Template = field(init=False, repr=False)
-    # [vocab + 1, width]; -1 where nothing is known. The last row is what follows an unknown token: nothing.
+    # [vocab, width] token ids, -1 where nothing is known, the most likely first; and their shares of the probability.
     _table: np.ndarray = field(init=False, repr=False)
+    _share: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for option, value in (("nodes", self.nodes), ("width", self.width)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidRequest(f"token-recycling needs {option} to be an integer of at least 1, not {value!r}.")
-        self._tree = _Template.best(self.nodes, self.width)
-        self._table = np.full((1, self.width), -1, dtype=np.int32)
+        self._reset(0)
+
+    def _reset(self, vocab: int) -> None:
+        self._table = np.full((vocab, self.width), -1, dtype=np.int32)
+        self._share = np.zeros((vocab, self.width), dtype=np.float32)
 
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
-        last = np.array([sequence.tokens[-1] for sequence in sequences], dtype=np.int64)
-        tree = self._tree
-        tokens = np.full((len(sequences), 1 + len(tree.parents)), -1, dtype=np.int64)
-        tokens[:, 0] = np.where(last < len(self._table) - 1, last, -1)
-        for level in tree.levels:  # every level of all sequences at once
-            above = tokens[:, 1 + tree.parents[level]]
-            tokens[:, 1 + level.start : 1 + level.stop] = self._table[above, tree.ranks[level]]
-        return [self._draft(row[1:], length) for row, length in zip(tokens, lengths, strict=True)]
+        return [self._unfold(s.tokens[-1], length) for s, length in zip(sequences, lengths, strict=True)]
 
-    def _draft(self, tokens: np.ndarray, length: int) -> Draft:
-        """The nodes of at most `length` levels that the table had a token for."""
-        count = self._tree.levels[min(length, len(self._tree.levels)) - 1].stop if length > 0 else 0
-        known = np.flatnonzero(tokens[:count] >= 0)
-        if not len(known):
-            return Draft()
-        place = np.full(count + 1, -1)  # of each node in the block; the root's, at index -1, stays -1
-        place[known] = np.arange(len(known))
-        return Draft(Block(tokens[known].tolist(), place[self._tree.parents[known]].tolist()))
+    def _unfold(self, last: int, levels: int) -> Draft:
+        """The tree of the most likely branches: best first, a node's next sibling and its first child come after it."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        confidence: list[float] = []
+        heap: list[_Branch] = []
+        if levels > 0 and last < len(self._table):
+            self._push(heap, 1.0, -1, 1, self._table[last].tolist(), self._share[last].tolist(), 0)
+        while heap and len(tokens) < self.nodes:
+            _, parent, rank, depth, above, following, shares = heapq.heappop(heap)
+            node = len(tokens)
+            token, chance = following[rank], _DOUBT * shares[rank]
+            tokens.append(token)
+            parents.append(parent)
+            confidence.append(chance)
+            self._push(heap, above, parent, depth, following, shares, rank + 1)
+            if depth < levels:
+                self._push(
+                    heap, above * chance, node, depth + 1, self._table[token].tolist(), self._share[token].tolist(), 0
+                )
+        return Draft(Block(tokens, parents), confidence=confidence) if tokens else Draft()
+
+    def _push(
+        self,
+        heap: list[_Branch],
+        above: float,
+        parent: int,
+        depth: int,
+        following: list[int],
+        shares: list[float],
+        rank: int,
+    ) -> None:
+        """Offer the child of this rank, if there is one and its branch is likely enough."""
+        if rank < self.width and following[rank] >= 0:
+            chance = above * _DOUBT * shares[rank]
+            if chance >= _LEAST or (parent < 0 and rank == 0):
+                heapq.heappush(heap, (-chance, parent, rank, depth, above, following, shares))
 
     def observe(self, sequences: List[Sequence], output: Output, commits: List[Commit]) -> None:
         """Keep the most likely tokens at the root and behind every guess, whether it was accepted or not."""
@@ -83,61 +110,51 @@ class TokenRecycling(Drafter):
             kept += [len(tokens), *(len(tokens) + 1 + node for node in path)]
             rows.append(first + np.arange(1 + len(block)))
             tokens += [sequence.tokens[-1], *block.tokens]
-        best = self._most_likely(output.logits, np.concatenate(rows))
+        best, share = self._most_likely(output.logits, np.concatenate(rows))
         at = np.array(tokens)
-        self._table[at] = best
-        self._table[at[kept]] = best[kept]  # where a token was guessed twice, the confirmed context counts
+        self._table[at], self._share[at] = best, share
+        # Where a token was guessed twice, the confirmed context counts.
+        self._table[at[kept]], self._share[at[kept]] = best[kept], share[kept]
 
     def unlearn(self) -> None:
-        self._table[:] = -1
+        self._reset(len(self._table))
 
-    def _most_likely(self, logits: torch.Tensor, rows: np.ndarray) -> np.ndarray:
-        """[rows, width] token ids; -1 behind the end of a vocabulary that is smaller."""
+    def _most_likely(self, logits: torch.Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[rows, width] token ids and their shares of what these together have; -1 and 0 behind the end of a
+        vocabulary that is smaller."""
         vocab = logits.shape[1]
-        if len(self._table) != vocab + 1:
-            self._table = np.full((vocab + 1, self.width), -1, dtype=np.int32)
+        if len(self._table) != vocab:
+            self._reset(vocab)
         if len(rows) < len(logits):
             logits = logits[torch.from_numpy(rows).to(logits.device)]
+        values, ids = most_likely(logits, min(self.width, vocab))
         best = np.full((len(rows), self.width), -1, dtype=np.int32)
-        best[:, :vocab] = logits.topk(min(self.width, vocab), dim=-1).indices.cpu().numpy()
-        return best
+        share = np.zeros((len(rows), self.width), dtype=np.float32)
+        best[:, :vocab] = ids.cpu().numpy()
+        share[:, :vocab] = values.float().softmax(-1).cpu().numpy()
+        return best, share
 
 
-@dataclass(frozen=True)
-class _Template:
-    """The shape of a tree, level by level, so that its first levels are a tree too.
+_Branch = tuple[float, int, int, int, float, list[int], list[float]]
+"""(-chance of the branch, parent node, rank among its children, depth, chance of the parent's branch, ids, shares)"""
 
-    parents: [nodes] index of each node's parent, -1 for the root. ranks: [nodes] its place among the
-    parent's most likely tokens. levels: the nodes of each depth.
+_GROUP = 64
+
+
+def most_likely(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logits.topk(count)` over a vocabulary: [rows, vocab] to values and ids [rows, count].
+
+    The best tokens lie in the groups of tokens that have the best maxima, and maxima are found far faster than an
+    order, on a CPU.
     """
-
-    parents: np.ndarray
-    ranks: np.ndarray
-    levels: tuple[slice, ...]
-
-    @classmethod
-    def best(cls, nodes: int, width: int) -> _Template:
-        """The tree that is accepted furthest if a token of rank r (from 0) is right with `_chance(r)`."""
-        chosen: list[tuple[int, ...]] = []  # paths of ranks
-        heap: list[tuple[float, tuple[int, ...]]] = [(-_chance(0), (0,))]
-        while len(chosen) < nodes:
-            weight, path = heapq.heappop(heap)
-            chosen.append(path)
-            heapq.heappush(heap, (weight * _chance(0), (*path, 0)))
-            if path[-1] + 1 < width:
-                sibling = weight / _chance(path[-1]) * _chance(path[-1] + 1)
-                heapq.heappush(heap, (sibling, (*path[:-1], path[-1] + 1)))
-        chosen.sort(key=lambda path: (len(path), path))
-        index = {path: node for node, path in enumerate(chosen)}
-        depths = np.array([len(path) for path in chosen])
-        ends = np.searchsorted(depths, np.arange(depths[-1] + 1), side="right").tolist()
-        return cls(
-            parents=np.array([index.get(path[:-1], -1) for path in chosen]),
-            ranks=np.array([path[-1] for path in chosen]),
-            levels=tuple(slice(start, stop) for start, stop in itertools.pairwise(ends)),
-        )
-
-
-def _chance(rank: int) -> float:
-    """A guess at how often the token of this rank is the next one; the shape of the tree depends on little else."""
-    return float(0.5 * (rank + 1) ** -1.6)
+    vocab = logits.shape[1]
+    groups = vocab // _GROUP
+    if groups < 2 * count:
+        values, ids = logits.topk(count, dim=-1)
+        return values, ids
+    best = logits[:, : groups * _GROUP].unflatten(1, (groups, _GROUP)).amax(-1).topk(count, dim=-1).indices
+    inside = torch.arange(_GROUP, device=logits.device)
+    rest = torch.arange(groups * _GROUP, vocab, device=logits.device).expand(len(logits), -1)
+    candidates = torch.cat([(best[..., None] * _GROUP + inside).flatten(1), rest], dim=1)
+    values, places = logits.gather(1, candidates).topk(count, dim=-1)
+    return values, candidates.gather(1, places)

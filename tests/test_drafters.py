@@ -29,7 +29,8 @@ from decoding.errors import InvalidRequest, RecordError
 from decoding.strategies.autoregressive import AutoregressiveDecoder
 from decoding.strategies.speculative import SpeculativeDecoder
 from decoding.types import SamplingParams
-from drafters import Suffix, TokenRecycling
+from drafters import PromptLookup, Suffix, TokenRecycling
+from drafters.token_recycling import most_likely
 from tests.test_engine import greedy_reference, prompts, run
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
@@ -125,8 +126,10 @@ class KeepsTheFirstGuess(SpeculativeDecoder):
         return commits
 
 
-def outcomes(drafter: Drafter, decoder: type[SpeculativeDecoder], requests: int) -> tuple[np.ndarray, np.ndarray]:
-    """Observed and expected counts of every answer of four tokens at temperature 1."""
+def outcomes(
+    drafter: Drafter, decoder: type[SpeculativeDecoder], requests: int, *, rejects: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Observed and expected counts of every answer of four tokens at temperature 1. rejects: some guesses must be."""
     model = tiny_model("llama", **_SMALL)
     prompt, new = [1, 2, 3, 1, 2], 4
     engine = Engine(Runner(model, slots=64, capacity=16))
@@ -138,7 +141,7 @@ def outcomes(drafter: Drafter, decoder: type[SpeculativeDecoder], requests: int)
     while engine.busy:
         engine.step()
     drafted = sum(step.drafted for s in sequences for step in s.trace)
-    assert drafted > requests and 0 < accepted(sequences) < drafted
+    assert drafted > requests and 0 < accepted(sequences) < drafted + (not rejects)
     answers = torch.tensor(list(itertools.product(range(4), repeat=new)))
     with torch.no_grad():
         logits = model(torch.cat([torch.tensor([prompt] * len(answers)), answers], dim=1)).logits
@@ -332,7 +335,8 @@ def test_token_recycling_unfolds_what_was_likely() -> None:
     drafter.observe([sequence], output_of(sequence, Block([2]), logits), [Commit([2, 1])])
     (draft,) = drafter.propose([sequence], [2])
     parents = draft.block.parents
-    assert parents is not None
+    assert parents is not None and draft.confidence is not None
+    assert draft.confidence == sorted(draft.confidence, reverse=True), "of two children, the likelier comes first"
     paths = set()
     for node, token in enumerate(draft.block.tokens):
         above = parents[node]
@@ -353,29 +357,51 @@ def test_token_recycling_lets_the_confirmed_context_win() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "width"), [(1, 1), (5, 1), (48, 8), (60, 3)])
-def test_the_tree_is_well_formed_and_its_first_levels_are_too(nodes: int, width: int) -> None:
+def test_the_tree_holds_the_likeliest_branches_of_what_is_known(nodes: int, width: int) -> None:
     drafter = TokenRecycling(nodes=nodes, width=width)
-    vocab = 50
-    drafter._table = np.stack([np.arange(vocab) * width + r for r in range(width)], axis=1).astype(np.int32) % vocab
-    drafter._table = np.concatenate([drafter._table, np.full((1, width), -1, dtype=np.int32)])
-    for length in range(1, 13):
+    vocab, random = 50, np.random.default_rng(1)
+    drafter._table = np.stack([random.permutation(vocab)[:width] for _ in range(vocab)]).astype(np.int32)
+    drafter._share = -np.sort(-random.dirichlet(np.ones(width) * 0.3, vocab), axis=1)
+    for length in range(1, 9):
         (draft,) = drafter.propose([text([3])], [length])
         block = draft.block
         block.check(vocab)
-        assert block.parents is not None and len(block) <= nodes
+        assert block.parents is not None and draft.confidence is not None and 1 <= len(block) <= nodes
         shape = layout(len(block), 1, tuple(block.parents), False)
         assert shape.depth.max() <= length
-        children = Counter(block.parents)
-        assert max(children.values()) <= width
-    assert len(block) == nodes
+        assert max(Counter(block.parents).values()) <= width
+        branch: list[float] = []
+        for parent, chance in zip(block.parents, draft.confidence, strict=True):
+            branch.append(chance if parent < 0 else chance * branch[parent])
+        assert branch == sorted(branch, reverse=True), "the likeliest come first, so none that is likelier is left out"
+
+
+@pytest.mark.parametrize("vocab", [7, 64, 1000, 2048])
+def test_the_most_likely_tokens_are_those_of_a_full_sort(vocab: int) -> None:
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab))
+    values, ids = most_likely(logits, 6)
+    assert torch.equal(values, logits.sort(dim=-1, descending=True).values[:, :6])
+    assert torch.equal(logits.gather(1, ids), values)
 
 
 def test_token_recycling_needs_no_more_tokens_than_the_vocabulary_has() -> None:
     drafter = TokenRecycling(nodes=20, width=8)
     sequence = text([1])
+    assert drafter.propose([sequence], [1]) == [drafting.Draft()]
     drafter.observe([sequence], output_of(sequence, Block(), torch.zeros(1, 3)), [Commit([0])])
     (draft,) = drafter.propose([sequence], [1])
     assert sorted(draft.block.tokens) == [0, 1, 2]
+
+
+def test_a_longer_match_is_worth_more_and_every_occurrence_has_a_vote() -> None:
+    short, long = [9, 1, 5, 8, 1], [7, 6, 1, 5, 8, 7, 6, 1]
+    for drafter in (PromptLookup(), Suffix()):
+        (of_short,), (of_long,) = (drafter.propose([text(tokens)], [2]) for tokens in (short, long))
+        assert of_short.confidence is not None and of_long.confidence is not None
+        assert of_short.confidence[0] < of_long.confidence[0] < of_long.confidence[-1] < 1
+    (once,), (often,) = (Suffix().propose([text([5, 7] * n + [5])], [1]) for n in (1, 9))
+    assert once.confidence is not None and often.confidence is not None
+    assert often.confidence[0] > once.confidence[0]
 
 
 @pytest.mark.parametrize("text", ["suffix", "token-recycling"])

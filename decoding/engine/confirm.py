@@ -95,7 +95,7 @@ def _follow(output: Output, picks: list[int]) -> list[Commit]:
     children = [_children(output.blocks[i]) for i in picks]
     paths: list[list[int]] = [[] for _ in picks]
     tokens: list[list[int]] = [[] for _ in picks]
-    if device.type == "cpu":  # the answer is free: work across the vocabulary is done for the tokens gained alone
+    if _walks(device):
         walking = np.arange(len(picks))
         while len(walking):
             at = np.array([output.offsets[picks[k]] + (1 + paths[k][-1] if paths[k] else 0) for k in walking])
@@ -108,7 +108,7 @@ def _follow(output: Output, picks: list[int]) -> list[Commit]:
                 ],
                 dtype=np.int64,
             )
-    else:  # one copy to the host
+    else:
         counts = np.array([1 + len(output.blocks[i]) for i in picks])
         owner = np.repeat(np.arange(len(picks)), counts)
         at = np.concatenate([output.offsets[i] + np.arange(n) for i, n in zip(picks, counts, strict=True)])
@@ -122,6 +122,15 @@ def _follow(output: Output, picks: list[int]) -> list[Commit]:
         Commit(new, None if output.blocks[i].parents is None else path)
         for i, new, path in zip(picks, tokens, paths, strict=True)
     ]
+
+
+def _walks(device: torch.device) -> bool:
+    """Whether to look at each draw before the next is made.
+
+    Where looking is free, work across the vocabulary is then done for the tokens gained alone. Elsewhere the draws
+    behind all guesses are made at once, for one copy to the host.
+    """
+    return device.type == "cpu"
 
 
 def _draw_at(

@@ -14,6 +14,7 @@ Nothing here looks at a clock: the same requests get the same widths.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,6 +39,9 @@ _OWN_WEIGHT, _SHARED_WEIGHT = 6.0, 4.0  # of what is known in general, in trials
 _MEMORY = 0.97  # what a sequence saw counts this much less with every further trial
 _PROBES = (8, 64)  # steps without a draft until one is made to see whether it would pay now: at first, at most
 _PROBE_LENGTH = 2
+_CONTEXTS = 64  # tokens of context between which costs are not told apart
+_NOTHING = (0.0, 0.0)
+_LEFT = -2  # no node: the text has left the draft
 
 
 class LatencyModel(Protocol):
@@ -51,13 +55,13 @@ class LatencyModel(Protocol):
 class Rates:
     """How often trials of each kind succeed: of one sequence, held against what was seen in all of them."""
 
-    def __init__(self, kinds: int) -> None:
-        self._shared = [[0.0, 0.0] for _ in range(kinds)]  # hits, trials
-        self._own: dict[int, dict[int, list[float]]] = {}
+    def __init__(self) -> None:
+        self._shared: dict[Hashable, list[float]] = {}  # hits, trials
+        self._own: dict[int, dict[Hashable, list[float]]] = {}
 
-    def chance(self, sequence: int, kind: int, prior: float) -> float:
+    def chance(self, sequence: int, kind: Hashable, prior: float) -> float:
         """The estimated rate; `prior` is believed as long as little was seen."""
-        hits, trials = self._shared[kind]
+        hits, trials = self._shared.get(kind, _NOTHING)
         rate = (hits + _SHARED_WEIGHT * prior) / (trials + _SHARED_WEIGHT)
         own = self._own.get(sequence)
         if own is None or kind not in own:
@@ -65,9 +69,9 @@ class Rates:
         hits, trials = own[kind]
         return (hits + _OWN_WEIGHT * rate) / (trials + _OWN_WEIGHT)
 
-    def learn(self, sequence: int, kind: int, success: bool) -> None:
+    def learn(self, sequence: int, kind: Hashable, success: bool) -> None:
         """Count a trial."""
-        shared = self._shared[kind]
+        shared = self._shared.setdefault(kind, [0.0, 0.0])
         if shared[1] >= 400:  # half of it is forgotten, so that what is new goes on counting
             shared[0], shared[1] = shared[0] / 2, shared[1] / 2
         shared[0] += success
@@ -88,8 +92,7 @@ class _Watched:
     children: of each node (-1: the root), the nodes below it. at: the node that the text has reached.
     """
 
-    tokens: List[int]
-    confidence: List[float] | None
+    draft: Draft
     children: dict[int, list[int]]
     at: int = -1
     depth: int = 0
@@ -108,30 +111,37 @@ class Calibration:
 
     def unlearn(self) -> None:
         """Start afresh."""
-        self._guesses = Rates(_DEPTHS * _BUCKETS + _LEVELS)
-        self._levels = Rates(_LEVELS)
+        self._guesses = Rates()
+        self._levels = Rates()
         self._watched: dict[int, list[_Watched]] = {}
 
-    def survival(self, sequence: int, draft: Draft) -> list[float]:
-        """[guesses] the chance that each guess and all above it are right; never above its parent's."""
+    def chances(self, sequence: int, draft: Draft) -> list[float]:
+        """[guesses] the chance that each guess is right if its parent is."""
         parents = draft.block.parents
-        survival: list[float] = []
+        chances: list[float] = []
         depth: list[int] = []
         for node in range(len(draft.block)):
             parent = node - 1 if parents is None else parents[node]
             depth.append(1 if parent < 0 else depth[parent] + 1)
-            confidence = None if draft.confidence is None else draft.confidence[node]
-            chance = self._guesses.chance(
-                sequence, _kind(depth[node], confidence), _UNKNOWN if confidence is None else confidence
-            )
-            survival.append(chance if parent < 0 else chance * survival[parent])
+            prior = _UNKNOWN if draft.confidence is None else draft.confidence[node]
+            chances.append(self._guesses.chance(sequence, _kind(draft, node, depth[node]), prior))
+        return chances
+
+    def survival(self, sequence: int, draft: Draft) -> list[float]:
+        """[guesses] the chance that each guess and all above it are right; never above its parent's."""
+        survival = self.chances(sequence, draft)
+        parents = draft.block.parents
+        for node in range(len(survival)):
+            parent = node - 1 if parents is None else parents[node]
+            if parent >= 0:
+                survival[node] *= survival[parent]
         return survival
 
     def levels(self, sequence: int, count: int) -> list[float]:
         """[count] the chance that a draft's first, first two, … levels hold the text, before there is a draft."""
         survival, product = [], 1.0
         for level in range(1, count + 1):
-            product *= self._levels.chance(sequence, min(level, _LEVELS) - 1, _UNKNOWN)
+            product *= self._levels.chance(sequence, min(level, _LEVELS), _UNKNOWN)
             survival.append(product)
         return survival
 
@@ -143,28 +153,28 @@ class Calibration:
         parents = draft.block.parents
         for node in range(len(draft.block)):
             children.setdefault(node - 1 if parents is None else parents[node], []).append(node)
-        self._watched.setdefault(sequence, []).append(_Watched(draft.block.tokens, draft.confidence, children))
+        self._watched.setdefault(sequence, []).append(_Watched(draft, children))
 
     def learn(self, sequence: int, tokens: List[int]) -> None:
         """The text goes on with `tokens`."""
         left = []
-        for draft in self._watched.get(sequence, ()):
+        for watched in self._watched.get(sequence, ()):
+            draft = watched.draft
             for token in tokens:
-                guesses = draft.children.get(draft.at, ())
-                draft.depth += 1
-                draft.at = -2  # no node: the text has left the draft
+                guesses = watched.children.get(watched.at, ())
+                watched.depth += 1
+                watched.at = _LEFT
                 for node in guesses:
-                    right = draft.at == -2 and draft.tokens[node] == token
-                    confidence = None if draft.confidence is None else draft.confidence[node]
-                    self._guesses.learn(sequence, _kind(draft.depth, confidence), right)
+                    right = watched.at == _LEFT and draft.block.tokens[node] == token
+                    self._guesses.learn(sequence, _kind(draft, node, watched.depth), right)
                     if right:
-                        draft.at = node
+                        watched.at = node
                 if guesses:
-                    self._levels.learn(sequence, min(draft.depth, _LEVELS) - 1, draft.at != -2)
-                if draft.at == -2:
+                    self._levels.learn(sequence, min(watched.depth, _LEVELS), watched.at != _LEFT)
+                if watched.at == _LEFT:
                     break
-            if draft.at in draft.children:
-                left.append(draft)
+            if watched.at in watched.children:
+                left.append(watched)
         self._watched[sequence] = left
 
     def forget(self, sequence: int) -> None:
@@ -174,10 +184,12 @@ class Calibration:
         self._levels.forget(sequence)
 
 
-def _kind(depth: int, confidence: float | None) -> int:
-    if confidence is None:
-        return _DEPTHS * _BUCKETS + min(depth, _LEVELS) - 1
-    return (min(depth, _DEPTHS) - 1) * _BUCKETS + min(int(confidence * _BUCKETS), _BUCKETS - 1)
+def _kind(draft: Draft, node: int, depth: int) -> Hashable:
+    """Guesses that are counted together: of the same source, depth and confidence, about."""
+    source = "" if draft.sources is None else draft.sources[node]
+    if draft.confidence is None:
+        return source, min(depth, _LEVELS)
+    return source, min(depth, _DEPTHS), min(int(draft.confidence[node] * _BUCKETS), _BUCKETS - 1)
 
 
 def admit(
@@ -230,6 +242,25 @@ def lengths(
     return chosen, best / plain
 
 
+class Remembered:
+    """A latency model's answers for steps that differ in their tokens, asked for once per batch size and context."""
+
+    def __init__(self, latency: LatencyModel) -> None:
+        self._latency = latency
+        self._known: dict[tuple[int, int], np.ndarray] = {}
+
+    def cost(self, tokens: Any, sequences: Any, context: Any) -> Any:
+        key = int(sequences), int(context) // _CONTEXTS
+        tokens = np.asarray(tokens)
+        known = self._known.get(key)
+        if known is None or len(known) <= tokens.max():
+            count = np.arange(1, (int(tokens.max()) // 64 + 1) * 64 + 1)
+            seconds = self._latency.cost(count, key[0], (key[1] + 0.5) * _CONTEXTS)
+            known = np.concatenate([[0.0], np.asarray(seconds, dtype=float)])
+            self._known[key] = known
+        return known[tokens]
+
+
 @dataclass
 class Width:
     """Chooses, step by step, how much each sequence drafts and verifies; keeps what it takes to choose."""
@@ -237,6 +268,9 @@ class Width:
     latency: LatencyModel
     calibration: Calibration = field(default_factory=Calibration)
     _waits: dict[int, tuple[int, int]] = field(default_factory=dict)  # steps to the next probe, and the wait after it
+
+    def __post_init__(self) -> None:
+        self.latency = Remembered(self.latency)
 
     def lengths(self, drafter: Drafter, sequences: List[Sequence]) -> list[int]:
         """How many levels to ask of the drafter for each sequence."""

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from decoding.engine.output import Output
     from decoding.engine.sequence import Sequence
 
-_UNMEASURED_LENGTH = 5  # guesses per step where nothing is known of what a step costs
-
 
 @dataclass(frozen=True)
 class Speculative(TokenStrategy):
@@ -62,9 +60,10 @@ class Speculative(TokenStrategy):
     def decoder(self, backend: LocalBackend) -> Decoder:
         drafter = drafting.find(self.drafter) if isinstance(self.drafter, str) else self.drafter
         drafter.attach(backend)
-        latency = getattr(backend, "latency", None) if self.draft_length is None else None
-        length = self.draft_length or _UNMEASURED_LENGTH
-        return SpeculativeDecoder(drafter, length if latency is None else Width(latency), self.verification)
+        if self.draft_length is not None:
+            return SpeculativeDecoder(drafter, self.draft_length, self.verification)
+        drafter.cost(1, 1, 0.0)  # what has to be measured is measured now, not within a request
+        return SpeculativeDecoder(drafter, Width(backend.latency), self.verification)
 
 
 class SpeculativeDecoder(Decoder):
@@ -95,7 +94,7 @@ class SpeculativeDecoder(Decoder):
         return [draft.block for draft in drafts]
 
     def _propose(self, sequences: List[Sequence], lengths: list[int]) -> list[Draft]:
-        drafts = self.drafter.propose(sequences, lengths) if any(lengths) else [Draft() for _ in sequences]
+        drafts = self.drafter.propose(sequences, lengths)
         for draft in drafts:
             for what, values in (("confidence", draft.confidence), ("sources", draft.sources)):
                 if values is not None and len(values) != len(draft.block):

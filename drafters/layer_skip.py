@@ -1,0 +1,83 @@
+"""The target's own first layers guess: no second model, no second cache.
+
+Zhang et al. 2023, "Draft & Verify"; Elhoushi et al. 2024, "LayerSkip". What the first layers write to the cache
+behind the committed tokens is scratch; verification writes the same there, and the rest of the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from decoding.drafting import Draft, Drafter
+from decoding.engine.block import Block
+from decoding.engine.packing import Row
+from decoding.errors import InvalidRequest
+from drafters.draft_model import guess_ahead
+
+if TYPE_CHECKING:
+    from decoding.backends.local import LocalBackend
+    from decoding.engine.sequence import Sequence
+
+
+@dataclass(eq=False)
+class LayerSkip(Drafter):
+    """layers: how many of the target's first layers guess, followed by its final norm and head; None takes half.
+
+    Models that were trained to leave early guess well; others need most of their layers, and then this does not pay.
+    """
+
+    layers: int | None = None
+
+    name: ClassVar[str] = "layer-skip"
+    summary: ClassVar[str] = "the target's own first layers; layer-skip(layers=K)"
+
+    _backend: LocalBackend = field(init=False, repr=False)
+    _layers: int = field(default=0, init=False, repr=False)
+    _share: float = field(default=1.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and (not isinstance(self.layers, int) or self.layers < 1):
+            raise InvalidRequest(f"layer-skip needs layers to be an integer of at least 1, not {self.layers!r}.")
+
+    def attach(self, backend: LocalBackend) -> None:
+        """Raises InvalidRequest if the model does not have more layers than were asked for."""
+        runner = backend.engine.runner
+        count = int(runner.config.num_hidden_layers)
+        self._layers = max(1, count // 2) if self.layers is None else self.layers
+        if self._layers >= count:
+            raise InvalidRequest(
+                f"layer-skip(layers={self._layers}) leaves nothing out: {backend.name} has {count} layers; "
+                f"give at most {count - 1}."
+            )
+        self._backend = backend
+        head = runner.model.get_output_embeddings().weight.numel()
+        body = max(0, backend.parameters - head)
+        self._share = (head + body * self._layers / count) / (head + body)  # of the parameters that a step reads
+
+    def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
+        runner = self._backend.engine.runner
+        cache = runner.cache
+        committed = [int(cache.lengths[sequence.slot]) for sequence in sequences]
+
+        def ahead(active: list[int], guesses: list[list[int]]) -> torch.Tensor:
+            rows = []
+            for i, guess in zip(active, guesses, strict=True):
+                text = sequences[i].tokens + guess
+                rows.append(Row(sequences[i].slot, text[cache.lengths[sequences[i].slot] :], Block()))
+            logits = runner.forward(rows, layers=self._layers)
+            for row in rows:
+                cache.commit(row.slot, row.pending)  # for as long as this draft is made
+            return logits
+
+        try:
+            return guess_ahead(sequences, lengths, ahead)
+        finally:
+            for sequence, length in zip(sequences, committed, strict=True):
+                cache.truncate(sequence.slot, length)
+
+    def cost(self, levels: int, sequences: int, context: float) -> float:
+        return levels * self._share * float(self._backend.latency.cost(sequences, sequences, context))

@@ -1,0 +1,142 @@
+"""Several drafters guess, and their guesses become one tree.
+
+Nobody knows beforehand who guesses best: prompt lookup in a summary, token recycling in free text, something else a
+paragraph later. So each is held against the text as it comes (a `Calibration` of its own, per request and per
+confidence it stated), and what it says is believed as far as it came true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from decoding import drafting
+from decoding.drafting import Draft, Drafter
+from decoding.engine.block import Block
+from decoding.engine.width import Calibration, Width, pruned
+from decoding.errors import InvalidRequest
+from decoding.textform import split_outside
+
+if TYPE_CHECKING:
+    from decoding.backends.local import LocalBackend
+    from decoding.engine.block import Commit
+    from decoding.engine.output import Output
+    from decoding.engine.sequence import Sequence
+
+
+@dataclass(eq=False)
+class Mixed(Drafter):
+    """Equal guesses of several drafters are one node, whose chance is the best of theirs.
+
+    Guesses count as not sampled, whoever made them, so that sampled answers are plain decoding's for their seed. A
+    drafter that takes time is asked only as far as that pays, going by the measured cost of its steps.
+
+    drafters: names joined by "+", with options if need be, or a list of names and `Drafter` objects.
+    nodes: guesses per step and sequence, at most.
+    """
+
+    drafters: str | List[str | Drafter] = "prompt-lookup+suffix+token-recycling"
+    nodes: int = 24
+
+    name: ClassVar[str] = "mixed"
+    summary: ClassVar[str] = "several drafters in one tree, each trusted as far as it came true; mixed(drafters=A+B)"
+
+    _members: list[Drafter] = field(init=False, repr=False)
+    _records: list[Calibration] = field(init=False, repr=False)
+    _widths: dict[int, Width] = field(default_factory=dict, init=False, repr=False)  # of members that take time
+
+    def __post_init__(self) -> None:
+        listed = split_outside(self.drafters, "+") if isinstance(self.drafters, str) else self.drafters
+        self._members = [drafting.find(one) if isinstance(one, str) else one for one in listed]
+        if not self._members:
+            raise InvalidRequest("mixed needs at least one drafter, as in mixed(drafters=prompt-lookup+suffix).")
+        if not isinstance(self.nodes, int) or isinstance(self.nodes, bool) or self.nodes < 1:
+            raise InvalidRequest(f"mixed needs nodes to be an integer of at least 1, not {self.nodes!r}.")
+        self._records = [Calibration() for _ in self._members]
+
+    def attach(self, backend: LocalBackend) -> None:
+        for member in self._members:
+            member.attach(backend)
+        self._widths = {
+            place: Width(backend.latency, record)
+            for place, (member, record) in enumerate(zip(self._members, self._records, strict=True))
+            if type(member).cost is not Drafter.cost
+        }
+
+    def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
+        trees = [_Tree() for _ in sequences]
+        for place, (member, record) in enumerate(zip(self._members, self._records, strict=True)):
+            limits = self._widths[place].lengths(member, sequences) if place in self._widths else lengths
+            asked = [min(a, b) for a, b in zip(lengths, limits, strict=True)]
+            for sequence, tree, draft in zip(sequences, trees, member.propose(sequences, asked), strict=True):
+                if draft.block:
+                    tree.graft(draft.block, record.chances(sequence.id, draft), member.name)
+                    record.watch(sequence.id, draft)
+        return [tree.best(self.nodes) for tree in trees]
+
+    def observe(self, sequences: List[Sequence], output: Output, commits: List[Commit]) -> None:
+        for member, record in zip(self._members, self._records, strict=True):
+            member.observe(sequences, output, commits)
+            for sequence, commit in zip(sequences, commits, strict=True):
+                record.learn(sequence.id, commit.tokens)
+
+    def forget(self, sequence: Sequence) -> None:
+        for member, record in zip(self._members, self._records, strict=True):
+            member.forget(sequence)
+            record.forget(sequence.id)
+        for width in self._widths.values():
+            width.forget(sequence)
+
+    def unlearn(self) -> None:
+        for member, record in zip(self._members, self._records, strict=True):
+            member.unlearn()
+            record.unlearn()
+        for width in self._widths.values():
+            width.unlearn()
+
+
+class _Tree:
+    """The union of several drafts."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.chances: list[float] = []
+        self.sources: list[list[str]] = []
+        self._places: dict[tuple[int, int], int] = {}  # (parent, token) → node
+
+    def graft(self, block: Block, chances: List[float], source: str) -> None:
+        """Add a draft; [guesses] chances of each if its parent is right."""
+        nodes: list[int] = []
+        for i, (token, chance) in enumerate(zip(block.tokens, chances, strict=True)):
+            above = i - 1 if block.parents is None else block.parents[i]
+            parent = nodes[above] if above >= 0 else -1
+            node = self._places.setdefault((parent, token), len(self.tokens))
+            if node == len(self.tokens):
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.chances.append(chance)
+                self.sources.append([source])
+            else:
+                self.chances[node] = max(self.chances[node], chance)
+                if source not in self.sources[node]:
+                    self.sources[node].append(source)
+            nodes.append(node)
+
+    def best(self, count: int) -> Draft:
+        """The `count` nodes whose branches are most likely."""
+        if not self.tokens:
+            return Draft()
+        draft = Draft(
+            Block(self.tokens, self.parents),
+            confidence=self.chances,
+            sources=["+".join(names) for names in self.sources],
+        )
+        if len(self.tokens) <= count:
+            return draft
+        survival: list[float] = []
+        for parent, chance in zip(self.parents, self.chances, strict=True):
+            survival.append(chance if parent < 0 else chance * survival[parent])
+        likely = sorted(range(len(survival)), key=lambda node: (-survival[node], node))
+        return pruned(draft, sorted(likely[:count]))

@@ -1,0 +1,203 @@
+"""Speculative decoding over a file in Spec-Bench's format (Xia et al. 2024), at several batch sizes.
+
+    python -m experiments.spec_bench QUESTIONS.jsonl --drafters mixed suffix "draft-model(model=NAME)" \
+        [--model smollm2-135m] [--batches 1 4 8 16] [--max-new-tokens 128] [--temperature 0] --output DIR
+
+Plain decoding and every drafter take turns within each group of questions. DIR/batch-N holds the records of a run
+(`decoding report` reads them, and the same command again resumes one), DIR/answers/N/NAME.jsonl the answers as
+Spec-Bench writes them. Printed are Spec-Bench's tasks: speed-up over plain decoding, (Σ tokens ÷ Σ seconds) ÷ the same
+of plain decoding, with a 95 % interval bootstrapped over questions; acceptance length, tokens per target pass with the
+bonus token; and how many answers, and tokens before their first difference, are plain decoding's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import decoding
+from decoding.comparison import Comparison, execute
+from decoding.config import Schedule
+from decoding.questions import load_questions
+from decoding.report import BASELINE, AnswerRecord, Run, read_run
+from decoding.report.measures import first_difference
+from decoding.report.statistics import Interval, bootstrap, ratio_of_rates
+from decoding.strategies import Speculative, Strategy
+
+MT_BENCH = frozenset({"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"})
+"""Categories that Spec-Bench counts as one task, multi-turn conversation."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", help="a file in Spec-Bench's format, or a suite's name")
+    parser.add_argument("--drafters", nargs="+", default=["mixed"], help="drafters, or strategies, in text form")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--limit", type=int, help="questions, from the start of the file")
+    parser.add_argument("--per-task", type=int, help="questions of each task, from its start")
+    parser.add_argument("--capacity", type=int, default=2048)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+
+    questions = load_questions(options.questions, limit=options.limit)
+    if options.per_task is not None:
+        counts: dict[str, int] = {}
+        kept = []
+        for question in questions:
+            counts[task(question.category)] = counts.get(task(question.category), 0) + 1
+            if counts[task(question.category)] <= options.per_task:
+                kept.append(question)
+        questions = kept
+    strategies = [decoding.resolve(BASELINE), *(strategy(text) for text in options.drafters)]
+    params = decoding.SamplingParams(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+    lm = decoding.load(options.model, slots=max(options.batches), capacity=options.capacity)
+    console = Console()
+    for batch in options.batches:
+        directory = options.output / f"batch-{batch}"
+        comparison = Comparison(questions, strategies, params, Schedule(streams=batch))
+        execute(comparison, lm, directory, resume=directory.exists())
+        run = read_run(directory)
+        for number, name in enumerate(run.strategies):
+            write_answers(run, name, options.output / "answers" / str(batch) / f"{number}-{_slug(name)}.jsonl")
+        console.print(table(run, f"{batch} {'stream' if batch == 1 else 'streams'}, {lm.name}"))
+        for name in run.strategies[1:]:
+            print(f"{name}: {equality(run, name)}", flush=True)
+
+
+def strategy(text: str) -> Strategy:
+    """A drafter's name, or a strategy's."""
+    name = text.partition("(")[0].strip()
+    return Speculative(drafter=text) if name in decoding.drafting.names() else decoding.resolve(text)
+
+
+def task(category: str) -> str:
+    """Spec-Bench's task of a category."""
+    return "mt_bench" if category in MT_BENCH else category
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy on one task. length: tokens committed per pass and sequence after prefill."""
+
+    speedup: Interval
+    length: float
+    tokens_per_second: float
+
+
+def rows(run: Run, name: str) -> dict[str, Row]:
+    """Per task, and "overall"; questions that both this strategy and plain decoding have answered."""
+    plain = {(r.question_id, r.repeat): r for r in run if r.strategy == BASELINE and not r.failed}
+    pairs = [
+        (record, plain[record.question_id, record.repeat])
+        for record in run
+        if record.strategy == name and not record.failed and (record.question_id, record.repeat) in plain
+    ]
+    tasks: dict[str, list[tuple[AnswerRecord, AnswerRecord]]] = {}
+    for record, reference in pairs:
+        tasks.setdefault(task(record.category), []).append((record, reference))
+    return {key: _row(members) for key, members in [*tasks.items(), ("overall", pairs)] if members}
+
+
+def _row(pairs: Sequence[tuple[AnswerRecord, AnswerRecord]]) -> Row:
+    seconds, tokens = np.array([(r.metrics.seconds, r.metrics.new_tokens) for r, _ in pairs]).T
+    slow, theirs = np.array([(p.metrics.seconds, p.metrics.new_tokens) for _, p in pairs]).T
+    lengths = [length for record, _ in pairs for length in accept_lengths(record)]
+    return Row(
+        speedup=bootstrap(ratio_of_rates, slow, theirs, seconds, tokens),
+        length=float(np.mean(lengths)) if lengths else 0.0,
+        tokens_per_second=float(tokens.sum() / seconds.sum()),
+    )
+
+
+def accept_lengths(record: AnswerRecord) -> list[int]:
+    """Tokens that every pass after prefill gained."""
+    return [step.committed for step in record.trace if not step.prefill]
+
+
+def table(run: Run, title: str) -> Table:
+    """Spec-Bench's table: a column per task."""
+    figures = {name: rows(run, name) for name in run.strategies}
+    tasks = list(dict.fromkeys(key for row in figures.values() for key in row if key != "overall"))
+    shown = Table("", *tasks, "overall", "tokens/s", title=title, caption="speed-up [95 % interval], acceptance length")
+    for name, row in figures.items():
+        cells = [_cell(row[key]) if key in row else "" for key in [*tasks, "overall"]]
+        shown.add_row(name, *cells, f"{row['overall'].tokens_per_second:.1f}" if "overall" in row else "")
+    return shown
+
+
+def _cell(row: Row) -> str:
+    interval = "" if np.isnan(row.speedup.low) else f" [{row.speedup.low:.2f}, {row.speedup.high:.2f}]"
+    return f"{row.speedup.estimate:.2f}×{interval}\n{row.length:.2f}"
+
+
+def equality(run: Run, name: str) -> str:
+    """How many answers have plain decoding's tokens, and how many tokens stand behind a first difference."""
+    plain = {(r.question_id, r.repeat): r for r in run if r.strategy == BASELINE and not r.failed}
+    same = compared = tokens = differing = 0
+    for record in run:
+        reference = plain.get((record.question_id, record.repeat))
+        if record.strategy != name or record.failed or reference is None:
+            continue
+        at = first_difference(record.tokens, reference.tokens)
+        compared += 1
+        same += at is None
+        tokens += len(reference.tokens)
+        differing += 0 if at is None else max(len(record.tokens), len(reference.tokens)) - at
+    return f"{same} of {compared} answers identical to plain decoding's; {differing} of {tokens} tokens differ"
+
+
+def write_answers(run: Run, name: str, path: Path) -> None:
+    """Answers in Spec-Bench's format: one JSON object a question, figures per turn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [answer(record) for record in run if record.strategy == name]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def answer(record: AnswerRecord) -> dict[str, object]:
+    """One line of Spec-Bench's answer files."""
+    turns = list(_by_turn(record))
+    choice = {
+        "index": 0,
+        "turns": list(record.turns) or [record.text],
+        "decoding_steps": [steps for steps, _, _ in turns],
+        "new_tokens": [tokens for _, tokens, _ in turns],
+        "wall_time": [seconds for _, _, seconds in turns],
+        "accept_lengths": accept_lengths(record),
+    }
+    identifier = f"{zlib.crc32(f'{record.key}'.encode()):08x}"
+    return {
+        "question_id": int(record.question_id) if str(record.question_id).isdigit() else record.question_id,
+        "category": record.category,
+        "answer_id": identifier,
+        "model_id": record.strategy,
+        "choices": [choice],
+        "tstamp": time.time(),
+    }
+
+
+def _by_turn(record: AnswerRecord) -> Iterable[tuple[int, int, float]]:
+    """(decoding passes, new tokens, seconds) of every turn."""
+    each = [part.metrics for part in record.parts.values()] or [record.metrics]
+    for metrics in each:
+        yield metrics.forwards, metrics.new_tokens, metrics.seconds
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The experiments on speculation: Spec-Bench's tables and answer files, and the law of acceptance."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import decoding
+from decoding.backends.local import LocalBackend
+from decoding.report import AnswerRecord, Run, RunHeader, environment, read_run
+from decoding.trace import Metrics
+from experiments import acceptance_theory, spec_bench
+from tests.test_trace import step
+from tests.tiny import EOS, tiny_model, tiny_tokenizer
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["abab", "again"]},
+    {"question_id": 82, "category": "coding", "turns": ["xyxyxy"]},
+    {"question_id": 161, "category": "qa", "turns": ["why why why"], "reference": ["because"]},
+]
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LocalBackend(tiny_model("llama"), tiny_tokenizer(), name="tiny", eos=[EOS], slots=2, capacity=256)
+    monkeypatch.setattr(decoding, "load", lambda *_, **__: lm)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, module: object, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["experiment", *arguments])
+    module.main()  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_spec_bench_writes_answers_tables_and_equality(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "question.jsonl"
+    file.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    arguments = (str(file), "--drafters", "suffix", "speculative(draft_length=3)", "--batches", "1", "2")
+    call(monkeypatch, spec_bench, *arguments, "--max-new-tokens", "8", "--output", str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert "mt_bench" in printed and "3 of 3 answers identical" in printed and "0 of" in printed
+    for batch in ("1", "2"):
+        files = sorted((tmp_path / "out" / "answers" / batch).iterdir())
+        assert [f.name for f in files] == [
+            "0-autoregressive.jsonl",
+            "1-speculative-drafter-suffix.jsonl",
+            "2-speculative-draft_length-3.jsonl",
+        ]
+        for path in files:
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            assert [line["question_id"] for line in lines] == [81, 82, 161]
+            for line, question in zip(lines, QUESTIONS, strict=True):
+                (choice,) = line["choices"]
+                turns = len(question["turns"])  # type: ignore[arg-type]
+                assert {len(choice[key]) for key in ("turns", "new_tokens", "wall_time", "decoding_steps")} == {turns}
+                assert sum(choice["decoding_steps"]) == len(choice["accept_lengths"])
+                # The first token of every turn comes with its prompt.
+                assert sum(choice["accept_lengths"]) + turns == sum(choice["new_tokens"])
+                if path is files[0]:
+                    assert set(choice["accept_lengths"]) == {1}
+    run = read_run(tmp_path / "out" / "batch-1")
+    rows = spec_bench.rows(run, run.strategies[1])
+    assert list(rows) == ["mt_bench", "qa", "overall"] and rows["overall"].length >= 1
+    call(monkeypatch, spec_bench, *arguments, "--max-new-tokens", "8", "--output", str(tmp_path / "out"))
+
+
+def test_a_difference_is_counted() -> None:
+    def record(strategy: str, tokens: list[int]) -> AnswerRecord:
+        return AnswerRecord(1, "stem", "", strategy, 0, "", tokens, "length", Metrics())
+
+    same, other = record("s", [1, 2, 3, 4]), record("t", [1, 2, 9, 4])
+    run = Run(RunHeader.create({}, environment(), []), (record("autoregressive", [1, 2, 3, 4]), same, other))
+    assert spec_bench.equality(run, "s").startswith("1 of 1") and "0 of 4" in spec_bench.equality(run, "s")
+    assert spec_bench.equality(run, "t").startswith("0 of 1") and "2 of 4" in spec_bench.equality(run, "t")
+
+
+def test_the_law_of_acceptance() -> None:
+    assert acceptance_theory.law(0.5, 2) == pytest.approx(1.75) and acceptance_theory.law(1.0, 4) == 5
+    trace = [step(0, drafted=2, committed=3), step(1, drafted=2, committed=1), step(2), step(3, prefill=True)]
+    found = acceptance_theory.point(trace, 2)
+    assert (found.passes, found.alpha, found.measured) == (2, 2 / 3, 2.0)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_law_is_plotted_beside_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, output = tmp_path / "questions.txt", tmp_path / "new" / "law.svg"
+    file.write_text("abababab\nxyxyxyxy\n")
+    arguments = (str(file), "--max-new-tokens", "12", "--streams", "2", "--lengths", "1", "2")
+    call(monkeypatch, acceptance_theory, *arguments, "--drafter", "prompt-lookup", "--output", str(output))
+    figures = json.loads(output.with_suffix(".json").read_text())
+    assert [point["length"] for point in figures["points"]] == [1, 2] and "<svg" in output.read_text()

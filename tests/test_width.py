@@ -1,0 +1,309 @@
+"""How many guesses are verified: admission, what is learnt from the text, and that nothing of it changes an answer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as List
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from decoding.backends.local import LocalBackend
+from decoding.drafting import Draft, Drafter
+from decoding.engine.block import Block
+from decoding.engine.engine import Engine
+from decoding.engine.runner import Runner
+from decoding.engine.sequence import Sequence
+from decoding.engine.verify import verify_block, verify_rejection
+from decoding.engine.width import MOST_LEVELS, Calibration, Width, admit, lengths
+from decoding.strategies.autoregressive import AutoregressiveDecoder
+from decoding.strategies.speculative import Speculative, SpeculativeDecoder
+from decoding.trace import speculation
+from decoding.types import SamplingParams
+from drafters import DraftModel, PromptLookup, Suffix, TokenRecycling
+from tests.test_drafters import KeepsTheFirstGuess, accepted, chi_square, outcomes
+from tests.test_engine import greedy_reference, prompts, run
+from tests.test_verify import Chain
+from tests.test_verify import run as over_all_drafts
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.verification_law import Drafted, draw_drafts, languages, outcome
+
+
+@dataclass(frozen=True)
+class Table:
+    """Seconds of a step: `fixed`, and `each` for every token."""
+
+    fixed: float = 1.0
+    each: float = 0.05
+
+    def cost(self, tokens: Any, sequences: Any, context: Any) -> Any:
+        return self.fixed + self.each * np.asarray(tokens, dtype=float)
+
+
+FREE, DEAR = Table(1.0, 0.0), Table(0.0, 1.0)
+
+
+def test_admission_is_the_best_choice_of_all() -> None:
+    survival = [[0.8, 0.5, 0.1], [0.3], [0.6, 0.55]]
+    places = [(i, node) for i, chances in enumerate(survival) for node in range(len(chances))]
+    for table in (Table(1, 0.05), Table(1, 0.2), Table(1, 0.4), FREE, DEAR):
+
+        def rate(chosen: List[tuple[int, int]], table: Table = table) -> float:
+            return float((3 + sum(survival[i][n] for i, n in chosen)) / table.cost(3 + len(chosen), 3, 0))
+
+        every = [c for n in range(len(places) + 1) for c in itertools.combinations(places, n)]
+        best = max(map(rate, every))
+        chosen = [(i, node) for i, nodes in enumerate(admit(survival, table, 0)) for node in nodes]
+        assert rate(chosen) >= best / 1.02
+        assert set(chosen) == set(places) if table is FREE else True
+        assert not chosen if table is DEAR else True
+
+
+def test_admission_follows_a_bumpy_cost_over_the_bump() -> None:
+    class Bump:
+        def cost(self, tokens: Any, sequences: Any, context: Any) -> Any:
+            return np.where(np.asarray(tokens) > 2, 1.5, np.where(np.asarray(tokens) > 1, 1.9, 1.0))
+
+    assert admit([[0.8, 0.8, 0.8]], Bump(), 0) == [[0, 1, 2]]
+
+
+def test_what_is_admitted_of_a_tree_is_a_tree() -> None:
+    random = np.random.default_rng(4)
+    for _ in range(50):
+        parents = [int(random.integers(-1, node)) for node in range(12)]
+        draft = Draft(Block(list(range(12)), parents), confidence=random.choice([0.2, 0.5, 1.0], 12).tolist())
+        width = Width(Table(1, 0.15))
+        sequence = Sequence(0, [1], SamplingParams(), AutoregressiveDecoder(), frozenset(), 99, 0.0)
+        (kept,), (expected,) = width.trim([sequence], [draft])
+        kept.block.check(99)
+        assert kept.confidence is not None and len(kept.confidence) == len(kept.block)
+        assert expected >= 1
+        for token, parent in zip(kept.block.tokens, kept.block.parents or (), strict=True):
+            above = -1 if parent < 0 else kept.block.tokens[parent]
+            assert parents[token] == above
+
+
+def test_confidences_are_corrected_by_what_comes_true() -> None:
+    calibration = Calibration()
+    draft = Draft(Block([7, 8]), confidence=[0.9, 0.9])
+    before = calibration.survival(0, draft)
+    for _ in range(60):
+        calibration.watch(0, draft)
+        calibration.learn(0, [5])
+    assert before[0] == pytest.approx(0.9) and calibration.survival(0, draft)[0] < 0.1
+    assert calibration.survival(1, draft)[0] < 0.15, "another sequence starts from what was seen in this one"
+    for _ in range(60):
+        calibration.watch(1, draft)
+        calibration.learn(1, [7, 8, 1])
+    assert calibration.survival(1, draft)[1] > 0.6
+    assert calibration.survival(0, draft)[0] < 0.2, "a sequence's own record outweighs the others'"
+    calibration.unlearn()
+    assert calibration.survival(0, draft) == before
+
+
+def test_guesses_that_were_withheld_teach_as_much() -> None:
+    """The text alone judges them, over several steps if need be."""
+    calibration = Calibration()
+    draft = Draft(Block([7, 8, 9, 7], [-1, 0, 1, -1]), confidence=[0.5, 0.5, 0.5, 0.5])
+    for _ in range(40):
+        calibration.watch(0, draft)
+        for token in (7, 8, 4):
+            calibration.learn(0, [token])
+    survival = calibration.survival(0, Draft(Block([1, 2, 3]), confidence=[0.5, 0.5, 0.5]))
+    first, second, third = survival[0], survival[1] / survival[0], survival[2] / survival[1]
+    assert second > 0.9 and third < 0.1
+    assert 0.4 < first < 0.6, "of two equal guesses in one place only one came true"
+    assert not calibration._watched[0], "drafts that the text has left are let go"
+
+
+@dataclass(eq=False)
+class Oracle(Drafter):
+    """Knows the right continuation, and is right with a chance of its own; says nothing about it."""
+
+    truth: dict[tuple[int, ...], list[int]]
+    right: float = 1.0
+    seconds: float = 0.0
+    asked: int = 0
+
+    def __post_init__(self) -> None:
+        self.name = "oracle"  # type: ignore[misc]
+        self.random = np.random.default_rng(1)
+
+    def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
+        drafts = []
+        for sequence, length in zip(sequences, lengths, strict=True):
+            self.asked += length
+            done = len(sequence.new_tokens)
+            guesses = self.truth[tuple(sequence.prompt)][done : done + length]
+            drafts.append(Draft(Block([t if self.random.random() < self.right else (t + 1) % 64 for t in guesses])))
+        return drafts
+
+    def cost(self, levels: int, sequences: int, context: float) -> float:
+        return self.seconds * levels
+
+
+NEW = 64
+
+
+def drafted(right: float, table: Table, seconds: float = 0.0) -> tuple[list[Sequence], Oracle]:
+    model = tiny_model("llama")
+    inputs = prompts(2, seed=9)
+    truth = {tuple(p): greedy_reference(model, p, NEW) for p in inputs}
+    oracle = Oracle(truth, right, seconds)
+    decoder = SpeculativeDecoder(oracle, Width(table))
+    engine = Engine(Runner(model, slots=2, capacity=128))
+    results = run(engine, [(p, decoder) for p in inputs], SamplingParams(max_new_tokens=NEW, ignore_eos=True))
+    assert [s.new_tokens for s in results] == list(truth.values())
+    return results, oracle
+
+
+def test_a_drafter_that_is_right_drafts_far_and_one_that_is_wrong_not_at_all() -> None:
+    table = Table(1.0, 0.1)
+    good, bad = (speculation(drafted(right, table)[0][0].trace) for right in (1.0, 0.0))
+    assert good.acceptance_length > 4 and good.wasted == 0
+    # At first nobody knows that it is bad; the cost of finding out is a few guesses.
+    assert bad.acceptance_length == 1 and bad.wasted <= 12
+    spent = sum(1.0 + 0.1 * (1 + s.drafted) for s in drafted(0.0, table)[0][0].trace if not s.prefill)
+    assert spent * 0.97 <= NEW * 1.1, "never below 0.97 times plain decoding"
+
+
+def test_expectations_come_true_on_average() -> None:
+    results, _ = drafted(0.7, Table(1.0, 0.1))
+    parts = [speculation(s.trace) for s in results]
+    expected, measured = sum(p.expected for p in parts), sum(p.measured for p in parts)
+    assert 0.75 < expected / measured < 1.3
+
+
+def test_a_drafter_that_takes_longer_than_it_saves_is_only_probed() -> None:
+    _, dear = drafted(1.0, Table(1.0, 0.01), seconds=3.0)
+    assert 0 < dear.asked <= 2 * 2 * 4
+    _, cheap = drafted(1.0, Table(1.0, 0.01), seconds=0.1)
+    assert cheap.asked > 5 * dear.asked
+
+
+def test_lengths_share_a_step_by_how_likely_each_is() -> None:
+    likely, unlikely = [0.9**n for n in range(1, 9)], [0.4**n for n in range(1, 9)]
+    chosen, gain = lengths([likely, unlikely], Table(1.0, 0.1), Oracle({}, seconds=0.05), 0.0)
+    assert chosen[0] > chosen[1] >= 0 and gain > 1
+    assert lengths([likely, unlikely], DEAR, Oracle({}, seconds=0.05), 0.0) == ([0, 0], 1.0)
+
+
+def noisy(model: Any) -> Any:
+    other = tiny_model(model.config.model_type)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    return other
+
+
+@pytest.mark.parametrize("make", [PromptLookup, Suffix, TokenRecycling, DraftModel])
+def test_answers_are_plain_decodings_greedy_and_sampled(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled guesses aside, a seed gives the same answer whatever was guessed, withheld, or ran beside it."""
+    monkeypatch.setattr(DraftModel, "cost", lambda self, levels, sequences, context: 0.1 * levels)
+    model = tiny_model("llama")
+    backend = LocalBackend(model, tiny_tokenizer(), slots=8, capacity=128)
+    inputs = prompts(6, seed=3)
+    for temperature in (0.0, 0.7):
+        if make is DraftModel and temperature:
+            continue
+        params = SamplingParams(max_new_tokens=24, ignore_eos=True, temperature=temperature, top_p=0.95, seed=5)
+        plain = [s.new_tokens for s in run(backend.engine, [(p, AutoregressiveDecoder()) for p in inputs], params)]
+        drafter = DraftModel(noisy(model)) if make is DraftModel else make()
+        drafter.attach(backend)
+        for width in (3, Width(Table(1.0, 0.1))):
+            decoder = SpeculativeDecoder(drafter, width)
+            together = run(backend.engine, [(p, decoder) for p in inputs * 2], params)
+            assert [s.new_tokens for s in together] == plain * 2
+            assert accepted(together) > 0 or (temperature and make is PromptLookup)
+        if temperature:
+            broken = KeepsTheFirstGuess(drafter, 3)
+            assert [s.new_tokens for s in run(backend.engine, [(p, broken) for p in inputs], params)] != plain
+
+
+def test_the_same_requests_get_the_same_widths() -> None:
+    model = tiny_model("llama")
+
+    def steps() -> list[tuple[int, int]]:
+        engine = Engine(Runner(model, slots=4, capacity=128))
+        decoder = SpeculativeDecoder(TokenRecycling(), Width(Table(1.0, 0.1)))
+        results = run(engine, [(p, decoder) for p in prompts(8)], SamplingParams(max_new_tokens=24, ignore_eos=True))
+        return [(t.step, t.drafted) for s in results for t in s.trace]
+
+    assert steps() == steps()
+
+
+def test_the_strategy_measures_where_the_backend_does() -> None:
+    backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=1, capacity=64)
+    backend.latency = Table()  # type: ignore[assignment,attr-defined]
+    adaptive = Speculative().decoder(backend)
+    fixed = Speculative(draft_length=3).decoder(backend)
+    assert isinstance(adaptive, SpeculativeDecoder) and isinstance(adaptive.width, Width)
+    assert isinstance(fixed, SpeculativeDecoder) and fixed.width == 3
+    assert adaptive.width.lengths(PromptLookup(), []) == [] and MOST_LEVELS > 8
+
+
+def withheld(drafts: Drafted, keeps: Any) -> Drafted:
+    """The drafts with every token withheld behind the first that `keeps(text before it, token)` refuses."""
+    texts = []
+    for row in drafts.texts:
+        kept: list[Any] = [()]
+        for text in row[1:]:
+            before = kept[-1]
+            kept.append(text if before is not None and keeps(before, text[-1]) else None)
+        texts.append(kept)
+    return replace(drafts, texts=texts)
+
+
+@pytest.mark.parametrize("chain", [verify_rejection, verify_block])
+@pytest.mark.parametrize("name", ["random", "peaked", "zeros"])
+def test_withholding_a_sampled_guess_is_lossless_only_if_decided_before_it_is_drawn(chain: Chain, name: str) -> None:
+    target, drafter = languages(name, 3, 4)
+    every = draw_drafts(drafter, range(-1, 2), replacement=True)
+
+    def distance(keeps: Any) -> float:
+        drafts = withheld(every, keeps)
+        verify, total = over_all_drafts(chain, drafts, target, drafter)
+        return outcome(verify, drafts, target, total).distance
+
+    assert distance(lambda before, token: float(drafter.next[before].max()) > 0.5) <= 1e-9
+    assert distance(lambda before, token: token == int(drafter.next[before].argmax())) > 1e-6
+
+
+class WithholdsUnlikelyGuesses(SpeculativeDecoder):
+    """The negative control: looks at what was drawn."""
+
+    def _propose(self, sequences: List[Sequence], lengths: list[int]) -> list[Draft]:
+        drafts = super()._propose(sequences, lengths)
+        for i, draft in enumerate(drafts):
+            if draft.probabilities is not None and float(draft.probabilities[0, draft.block.tokens[0]]) < 0.28:
+                drafts[i] = Draft()
+        return drafts
+
+
+class Adaptive(SpeculativeDecoder):
+    def __init__(self, drafter: Drafter, length: int) -> None:
+        super().__init__(drafter, Width(Table(1.0, 0.01)))
+
+
+def small_draft_model(seed: int) -> DraftModel:
+    from tests.test_drafters import _SMALL
+
+    small = tiny_model("llama", **_SMALL)
+    drafter = DraftModel(tiny_model("llama", **{**_SMALL, "num_hidden_layers": 1, "initializer_range": 0.3}, seed=seed))
+    backend = LocalBackend(small, tiny_tokenizer(), slots=64, capacity=16)
+    backend.tokenizer = []  # type: ignore[assignment]  # a vocabulary of four has none
+    drafter.attach(backend)
+    return drafter
+
+
+@pytest.mark.parametrize("costs", [0.0, 0.01])
+def test_sampled_drafts_keep_the_models_distribution_at_any_width(
+    costs: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DraftModel, "cost", lambda self, levels, sequences, context: costs * levels)
+    assert chi_square(*outcomes(small_draft_model(3), Adaptive, 1500)) > 1e-4
+    if costs:
+        assert chi_square(*outcomes(small_draft_model(3), WithholdsUnlikelyGuesses, 1500)) < 1e-6
