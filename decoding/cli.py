@@ -1,4 +1,4 @@
-"""The command line: `decoding generate | compare | race | report | models`."""
+"""The command line: `decoding --help` lists the commands."""
 
 from __future__ import annotations
 
@@ -143,6 +143,10 @@ def _parser(arguments: Sequence[str] | None) -> argparse.ArgumentParser:
     assess.add_argument("--similarity", action="store_true", help="in meaning, to plain decoding's answer")
     assess.add_argument("--encoder", metavar="DIR", help="a sentence encoder instead of the extra's")
     assess.add_argument("--perplexity", metavar="MODEL", help="of the answers under this local model")
+
+    calibrate = command("calibrate", "measure what a step costs on this machine; widths are chosen by it", _calibrate)
+    calibrate.add_argument("--plot", type=Path, metavar="FILE", help="draw it as SVG, with the roofline's floors")
+    _model_options(calibrate)
 
     command("models", "list the models that can be named, and where they are", _models)
     return parser
@@ -382,6 +386,26 @@ def _assess(options: argparse.Namespace) -> int:
     from decoding.cli_evaluate import assess
 
     return assess(options)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.backends.local import LocalBackend
+    from decoding.calibrate import calibrate
+    from decoding.errors import InvalidRequest
+
+    console = Console()
+    backend = _load(options, console)
+    if not isinstance(backend, LocalBackend):
+        raise InvalidRequest("a server's steps cannot be measured from here; leave --base-url out.")
+    with console.status("measuring steps; nothing else should run"):
+        result = calibrate(backend)
+    console.print(result.table())
+    if options.plot is not None:
+        result.plot(options.plot)
+        console.print(f"plot: {options.plot}")
+    return 0
 
 
 def _models(_: argparse.Namespace) -> int:

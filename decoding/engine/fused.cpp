@@ -29,7 +29,7 @@ typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-constexpr int64_t AHEAD = 8;
+constexpr int64_t AHEAD = 4;
 
 static inline vec load(const float* p) { return *reinterpret_cast<const loose_vec*>(p); }
 static inline void store(float* p, vec v) { *reinterpret_cast<loose_vec*>(p) = v; }
@@ -155,8 +155,8 @@ struct Ahead {
     int64_t stride;
 
     inline void ask() {
-        __builtin_prefetch(at, 0, 2);
-        if (stride > 64) __builtin_prefetch(at + 64, 0, 2);
+        __builtin_prefetch(at, 0, 3);
+        if (stride > 64) __builtin_prefetch(at + 64, 0, 3);
         at += stride;
     }
 };

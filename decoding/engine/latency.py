@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _LAYOUT = "latency-1"
 """Part of the path: raise it when a measurement would mean something else."""
 
-_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 _SHORT = 32  # tokens of context in most measurements
 _ROUNDS = 3
 _HELD_OUT = ((5, 1, 160), (10, 2, 96), (20, 4, 64), (40, 8, 48), (16, 16, 48), (1, 1, 320), (28, 28, 48), (7, 1, 32))
@@ -40,7 +40,7 @@ _HELD_OUT = ((5, 1, 160), (10, 2, 96), (20, 4, 64), (40, 8, 48), (16, 16, 48), (
 @dataclass(frozen=True)
 class Measured:
     """One kind of step, `tokens` in all over `sequences` of equal length with `context` tokens each behind them, and
-    the median of its seconds."""
+    the least of its seconds in a few rounds: whatever else the machine did can only have made it slower."""
 
     tokens: int
     sequences: int
@@ -107,7 +107,7 @@ def latency_of(runner: Runner, *, again: bool = False) -> LatencyModel:
 
 
 def measure(runner: Runner) -> LatencyModel:
-    """Time steps of many kinds in turn, and fit the model to their medians."""
+    """Time steps of many kinds in turn, and fit the model to the fastest of each."""
     cache = runner.cache
     slots = [cache.acquire([0])[0] for _ in range(min(cache.free, 32))]
     try:
@@ -119,15 +119,15 @@ def measure(runner: Runner) -> LatencyModel:
             kind for kind in _HELD_OUT if kind[1] <= len(slots) and kind[0] // kind[1] + kind[2] < cache.capacity
         ]
         times: dict[tuple[int, int, int], list[float]] = {kind: [] for kind in [*fitted, *held_out]}
-        for _ in range(_ROUNDS + 1):
+        for _ in range(_ROUNDS):
             for kind, seconds in times.items():
                 seconds.append(_time(runner, slots, *kind))
-        medians = {kind: float(np.median(seconds[1:])) for kind, seconds in times.items()}
+        least = {kind: min(seconds) for kind, seconds in times.items()}
     finally:
         for slot in slots:
             cache.discard(slot)
-    measured = [Measured(*kind, medians[kind]) for kind in fitted]
-    return _fit(device_name(runner.device), measured, [Measured(*kind, medians[kind]) for kind in held_out])
+    measured = [Measured(*kind, least[kind]) for kind in fitted]
+    return _fit(device_name(runner.device), measured, [Measured(*kind, least[kind]) for kind in held_out])
 
 
 def _several(slots: Sequence[int]) -> list[Sequence[int]]:
@@ -150,7 +150,7 @@ def _time(runner: Runner, slots: Sequence[int], tokens: int, sequences: int, con
 def _fit(device: str, measured: Sequence[Measured], held_out: Sequence[Measured]) -> LatencyModel:
     """The curve passes through the single sequences with little behind them; the rest gives the two slopes."""
     single = sorted({m.tokens: m for m in reversed(measured) if m.sequences == 1}.values(), key=lambda m: m.tokens)
-    seconds = np.maximum.accumulate([m.seconds for m in single])
+    seconds = _rising([m.seconds for m in single])
     tokens = np.array([m.tokens for m in single])
     others = [m for m in measured if m not in single]
     per_sequence = per_read = 0.0
@@ -162,9 +162,14 @@ def _fit(device: str, measured: Sequence[Measured], held_out: Sequence[Measured]
             terms = [[(m.sequences - 1) / m.seconds, m.tokens * m.context / m.seconds] for m in others]
             slopes, *_ = np.linalg.lstsq(np.array(terms), np.array(rest), rcond=None)
             per_sequence, per_read = max(float(slopes[0]), 0.0), max(float(slopes[1]), 0.0)
-    bare = np.maximum.accumulate(seconds - per_read * tokens * [m.context for m in single])
+    bare = _rising(seconds - per_read * tokens * [m.context for m in single])
     curve = tuple((int(n), float(s)) for n, s in zip(tokens, bare, strict=True))
     return LatencyModel(device, curve, per_sequence, per_read, tuple(held_out))
+
+
+def _rising(seconds: Sequence[float] | np.ndarray) -> np.ndarray:
+    """More tokens cannot take less time: what stands above a later point was disturbed."""
+    return np.minimum.accumulate(np.asarray(seconds, dtype=float)[::-1])[::-1]
 
 
 def device_name(device: torch.device) -> str:
