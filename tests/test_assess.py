@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from decoding.assess import Assessment, averages, perplexity
 from decoding.backends.local import LocalBackend
@@ -17,6 +18,7 @@ from decoding.errors import ModelError
 from decoding.similarity import SentenceEncoder
 from tests.tiny import EOS, VOCABULARY, tiny_model, tiny_tokenizer
 
+MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = ["river", "stone", "tree", "light", "water", "leaf", "town", "bread", "wind", "glass"]
 
 
@@ -24,11 +26,13 @@ WORDS = ["river", "stone", "tree", "light", "water", "leaf", "town", "bread", "w
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> SentenceEncoder:
     """A random encoder with a window of 14 words."""
     folder = tmp_path_factory.mktemp("encoder")
-    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (folder / "vocab.txt").write_text("\n".join([*marks, *WORDS]))
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*MARKS, *WORDS])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = {f"{mark[1:-1].lower()}_token": mark for mark in MARKS}
+    PreTrainedTokenizerFast(tokenizer_object=words, **marks).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=15,
+        vocab_size=len(MARKS) + len(WORDS),
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -37,7 +41,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> SentenceEncoder:
         initializer_range=0.5,
     )
     BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
     return SentenceEncoder(folder)
 
 

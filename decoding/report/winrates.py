@@ -123,7 +123,7 @@ def length_controlled(outcomes: Array, longer: Array) -> Array:
     """
     wins = (outcomes + 1) / 2
     a, b = np.zeros(outcomes.shape[:-1]), np.zeros(outcomes.shape[:-1])
-    for _ in range(30):
+    for _ in range(40):
         p = expit(a[..., None] + b[..., None] * longer)
         weight = p * (1 - p)
         slope_a = np.sum(wins - p, axis=-1) - RIDGE * a
@@ -133,8 +133,11 @@ def length_controlled(outcomes: Array, longer: Array) -> Array:
         bb = np.sum(weight * longer**2, axis=-1) + RIDGE
         determinant = aa * bb - ab**2
         # Steps are bounded: far from the solution the curve is flat, and a full step would leave it behind.
-        a = a + np.clip((bb * slope_a - ab * slope_b) / determinant, -2, 2)
-        b = b + np.clip((aa * slope_b - ab * slope_a) / determinant, -2, 2)
+        step_a = np.clip((bb * slope_a - ab * slope_b) / determinant, -2, 2)
+        step_b = np.clip((aa * slope_b - ab * slope_a) / determinant, -2, 2)
+        a, b = a + step_a, b + step_b
+        if max(np.max(np.abs(step_a), initial=0), np.max(np.abs(step_b), initial=0)) < 1e-8:
+            break
     net: Array = np.asarray(2 * expit(a) - 1)
     return net
 
