@@ -122,9 +122,7 @@ def read_masked(source: str, config: Mapping[str, Any], **options: Any) -> PreTr
     options: as `from_pretrained` takes them. Code that the checkpoint ships is not run. Raises ModelError if weights
     are missing or do not fit.
     """
-    import transformers
-    from transformers import AutoConfig, AutoModelForMaskedLM
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
     kind = str(config.get("model_type", "")).lower()
     if kind == "diffusion_gemma":
@@ -142,18 +140,22 @@ def read_masked(source: str, config: Mapping[str, Any], **options: Any) -> PreTr
             if kind == "sdar":
                 fields["use_sliding_window"] = False
             shape = AutoConfig.for_model(_SHAPES[kind], **fields)
-            cls = getattr(transformers, AutoModelForCausalLM._model_mapping[type(shape)].__name__)
-            loaded: Any = cls.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=shape, key_mapping=renames, output_loading_info=True, **options
             )
         elif any(str(name).endswith("ForMaskedLM") for name in config.get("architectures") or ()):
+            if any(config.get(option) for option in ("local_attention", "sliding_window")):
+                raise ModelError(
+                    f"this {kind} model sees a window on both sides of a token, and the engine's lie before it; "
+                    "use an encoder with full attention."
+                )
             loaded = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True, **options)
         else:
             return None
     model, report = loaded
     if absent := sorted(map(str, report["missing_keys"] or report["mismatched_keys"])):
         raise ModelError(f"the weights in {source} do not fit its configuration: {absent[0]} is missing or misshapen.")
-    assert isinstance(model, transformers.PreTrainedModel)
+    assert isinstance(model, PreTrainedModel)
     return model
 
 

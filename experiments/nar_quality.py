@@ -26,8 +26,9 @@ from experiments.tasks import TASKS, Example, correct, examples
 
 MODELS = Path(__file__).parent / "models"
 
+ONE, ONE_END_LAST = "one token per pass", "one token per pass, end last"
 POLICIES: dict[str, Sequence[str]] = {
-    "fixed": [f"fixed(count={n})" for n in (1, 2, 3, 4, 6, 8, 16)],
+    "fixed": [f"fixed(count={n})" for n in (2, 3, 4, 6, 8, 16)],
     "confidence": [f"confidence(threshold={t})" for t in (0.99, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3)],
     "factor": [f"factor(factor={f})" for f in (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)],
     "entropy": [f"entropy(bound={b})" for b in (0.01, 0.05, 0.1, 0.3, 1.0, 3.0)],
@@ -80,6 +81,8 @@ def main() -> None:
     causal = decoding.load(str(options.models / "causal"))
     report(measured(causal, "plain decoding", "autoregressive", questions)[0])
     masked = decoding.load(str(options.models / "block-diffusion"))
+    report(measured(masked, ONE, "block-diffusion(policy=fixed)", questions)[0])
+    report(measured(masked, ONE_END_LAST, "block-diffusion(policy=fixed, eos_last=true)", questions)[0])
     for family, policies in POLICIES.items():
         for policy in policies:
             report(measured(masked, family, f"block-diffusion(policy={policy})", questions)[0])
@@ -146,18 +149,25 @@ def measured(
 
 
 def judge(settings: Sequence[Setting]) -> str:
-    """Whether a confidence threshold is within a point of one token per pass at a third of its passes."""
-    slow = next(s for s in settings if s.strategy == "block-diffusion(policy=fixed(count=1))")
-    close = [s for s in settings if s.family == "confidence" and s.accuracy >= slow.accuracy - 0.01]
-    if not close:
-        return f"no confidence threshold comes within one point of one token per pass ({slow.accuracy:.1%})."
-    best = min(close, key=lambda s: s.passes)
-    share = best.passes / slow.passes
-    return (
-        f"one token per pass: {slow.accuracy:.1%} right in {slow.passes:.2f} passes; {best.strategy}: "
-        f"{best.accuracy:.1%} in {best.passes:.2f}, {share:.2f} of them: a third is "
-        f"{'reached' if share <= 1 / 3 else 'missed'}."
-    )
+    """Whether a confidence threshold is within a point of one token per pass at a third of its passes.
+
+    One token per pass is measured twice: as published, where tokens behind the end cost passes too, and with the end
+    written last, where they do not: the harder comparison.
+    """
+    lines = []
+    for slow in (s for s in settings if s.family in (ONE, ONE_END_LAST)):
+        close = [s for s in settings if s.family == "confidence" and s.accuracy >= slow.accuracy - 0.01]
+        line = f"{slow.strategy}: {slow.accuracy:.1%} right in {slow.passes:.2f} passes; "
+        if not close:
+            lines.append(line + "no confidence threshold comes within one point of it.")
+            continue
+        best = min(close, key=lambda s: s.passes)
+        share = best.passes / slow.passes
+        verdict = "reached" if share <= 1 / 3 else "missed"
+        lines.append(
+            f"{line}{best.strategy}: {best.accuracy:.1%} in {best.passes:.2f}, {share:.2f} of them, a third {verdict}."
+        )
+    return "\n".join(lines)
 
 
 def picture(settings: Sequence[Setting]) -> str:

@@ -122,7 +122,8 @@ def translate(draw: random.Random) -> tuple[str, str]:
         if draw.random() < 0.4:
             return f"{article} {noun}", f"{le} {french}"
         adjective, forms = draw.choice(list(_ADJECTIVES.items()))
-        words = (forms[feminine], french) if forms[2] else (french, forms[feminine])
+        agreeing = forms[1] if feminine else forms[0]
+        words = (agreeing, french) if forms[2] else (french, agreeing)
         return f"{article} {adjective} {noun}", f"{le} {' '.join(words)}"
 
     verb, french_verb = draw.choice(list(_VERBS.items()))
@@ -146,7 +147,7 @@ def examples(seed: int, *, test: bool) -> Iterator[Example]:
     """Endless examples, the tasks taking turns; test prompts and training prompts never meet."""
     draw = random.Random(seed)
     turns = (
-        list(TASKS) if test else [*TASKS, "sort", "translate", "translate"]
+        list(TASKS) if test else [*TASKS, "sort", "translate"]
     )  # what is learnt slowly comes more often
     while True:
         for name in turns:

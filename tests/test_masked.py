@@ -281,11 +281,12 @@ def _plain_encoder(model: PreTrainedModel, canvas: list[int], start: int) -> lis
 
 def test_published_kinds_load_as_what_they_are_in_shape(tmp_path: Path) -> None:
     llama, qwen3 = tiny_model("llama"), tiny_model("qwen3")
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     set_seed(1)
-    qwen2 = Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=2)).eval()
+    shape: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64}
+    heads: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    qwen2 = Qwen2ForCausalLM(Qwen2Config(**shape, **heads)).eval()
     section = {"attention": "block-causal", "block_size": 8, "mask_token_id": MASK}
-    cases = [
+    cases: list[tuple[str, PreTrainedModel, dict[str, Any], Masking]] = [
         ("Dream", qwen2, {"mask_token_id": MASK}, Masking(MASK, 0, shift=True)),
         ("Fast_dLLM_Qwen", qwen2, {"bd_size": 16}, Masking(MASK, 16, shift=True)),
         ("sdar", qwen3, {"block_size": 4}, Masking(MASK, 4)),
@@ -351,6 +352,8 @@ def test_bad_checkpoints_get_one_sentence(tmp_path: Path) -> None:
     file.write_text(json.dumps({**plain, "model_type": "diffusion_gemma"}))
     with pytest.raises(ModelError, match="second tower"):
         decoding.load(str(folder))
+    with pytest.raises(ModelError, match="a window on both sides"):
+        decoding.load(str(save(tmp_path / "windows", bert(), local_attention=128)))
     unmasked = save(tmp_path / "unmasked", bert())
     tiny_tokenizer().save_pretrained(unmasked)
     with pytest.raises(ModelError, match="names no mask token"):

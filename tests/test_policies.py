@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def view(
     for place, token in (visible or {}).items():
         tokens[place] = token
     masked = tokens == MASK
-    fields = {
+    fields: dict[str, Any] = {
         "tokens": tokens,
         "masked": masked,
         "open": masked,
@@ -38,7 +39,7 @@ def view(
         "entropy": 1 - np.array(confidence),
         "divergence": np.full(size, np.inf),
     }
-    return BlockView(**{**fields, **more})  # type: ignore[arg-type]
+    return BlockView(**{**fields, **more})
 
 
 def written(policy: str, given: BlockView) -> list[int]:
