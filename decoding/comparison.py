@@ -31,7 +31,8 @@ from decoding.trace import Metrics, shifted
 from decoding.types import Generation, Message, SamplingParams
 
 Progress = Callable[["Question | None", "Strategy", "AnswerRecord | None"], None]
-"""Called before an answer (record None) and after it; with no question while warming up."""
+"""Called before an answer (record None) and after it, for answers found when resuming only after; with no question
+while warming up."""
 
 CONFIG = "config.toml"
 """Name of the run file within a run directory; `decoding compare --config` takes it."""
@@ -137,6 +138,10 @@ def execute(
         if config is not None:
             write_text(output / CONFIG, config.to_toml())
         todo = [(turn, missing) for turn in _turns(comparison) if (missing := turn.missing(writer))]
+        asked = {question.id: question for question in comparison.questions}
+        strategies = {str(strategy): strategy for strategy in comparison.strategies}
+        for found in writer.done.values():
+            progress(asked[str(found.question_id)], strategies[found.strategy], found)
         if todo:
             _warm_up(comparison, backend, progress)
         clock = _Clock(writer)

@@ -172,15 +172,13 @@ class RunConfig:
         return [parse(text) for text in self.strategies]
 
     def flat(self) -> dict[str, Any]:
-        """All options in one level, as a command line has them."""
+        """All options in one level, as a command line has them, lists included."""
         values: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if dataclasses.is_dataclass(value):
-                values.update({inner.name: getattr(value, inner.name) for inner in dataclasses.fields(value)})
-            else:
-                values[item.name] = value
-        return values
+            inside = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+            values.update({inner.name: getattr(value, inner.name) for inner in inside} or {item.name: value})
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def of_flat(cls, values: Mapping[str, Any]) -> RunConfig:

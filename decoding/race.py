@@ -159,9 +159,12 @@ def _panel(lane: Lane, seconds: float, first: float, width: int, height: int, co
 def result_table(lanes: Sequence[Lane]) -> Table:
     """Who came in when: the fastest first. The first strategy that was named is what the others are compared with."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("strategy", overflow="fold")
-    for title in ("seconds", "tokens", "tokens/s", "per forward", f"against {lanes[0].strategy}", "same tokens"):
+    longest = max(len(lane.strategy) for lane in lanes)
+    table.add_column("strategy", overflow="fold", min_width=min(longest, NARROWEST))
+    for title in ("seconds", "tokens", "tokens/s", "per forward", "speed-up", "same tokens"):
         table.add_column(title, justify="right")
+    if len(lanes) > 1:
+        table.caption, table.caption_justify = f"speed-up and same tokens: against {lanes[0].strategy}", "left"
     reference = lanes[0]
     for lane in sorted(lanes, key=lambda lane: (lane.generation.error is not None, lane.seconds)):
         metrics = lane.generation.metrics

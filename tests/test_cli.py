@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from decoding.cli import main
+from decoding.config import RunConfig, read_run_file
 from decoding.report import read_run, summarize
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -78,6 +79,57 @@ def test_a_run_that_was_cut_short_goes_on_where_it_stopped(model: str, questions
     assert ours == theirs
 
 
+def test_a_run_file_sets_what_the_command_line_does_not(model: str, questions: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"""
+        questions = "{questions.name}"
+        strategies = ["autoregressive", "jacobi"]
+        limit = 2
+        model = '{model}'
+        [params]
+        max_new_tokens = 12
+        ignore_eos = true
+        [load]
+        device = "cpu"
+        capacity = 2048
+        """
+    )
+    output = tmp_path / "run"
+    assert main(["compare", "--config", str(file), "--limit", "1", "--seed", "5", "--output", str(output)]) == 0
+    run = read_run(output)
+    assert [(r.question_id, r.strategy, len(r.tokens)) for r in run] == [
+        ("one", "autoregressive", 12),
+        ("one", "jacobi", 12),
+    ]
+    written = read_run_file(output / "config.toml")
+    assert (written.limit, written.params.seed, written.params.ignore_eos) == (1, 5, True)
+    assert RunConfig.of_header(run.header.config) == written
+
+
+def test_a_run_resumes_as_it_was_configured_without_being_told_again(
+    model: str, questions: Path, tmp_path: Path
+) -> None:
+    whole = ["compare", str(questions), "--strategies", "autoregressive", "jacobi", "--seed", "7", *common(model)]
+    output = tmp_path / "run"
+    assert main([*whole, "--output", str(output)]) == 0
+    path = output / "records.jsonl"
+    expected = {r.key: r.tokens for r in read_run(output)}
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    assert main(["compare", "--resume", str(output)]) == 0
+    assert {r.key: r.tokens for r in read_run(output)} == expected
+    assert main(["compare", "--resume", str(output), "--seed", "8"]) == 2
+
+
+def test_a_race_without_a_terminal_prints_a_table(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    strategies = ["autoregressive", "jacobi(block_size=4)"]
+    assert main(["race", "Hello", "--strategies", *strategies, *common(model)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    rows = [line.split()[0] for line in out.splitlines() if line.startswith(("autoregressive", "jacobi"))]
+    assert sorted(rows) == strategies
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,6 +146,12 @@ def test_a_run_that_was_cut_short_goes_on_where_it_stopped(model: str, questions
         (["compare", "default", "--categories", "maths"], "did you mean 'math'"),
         (["compare", "--strategies", "jacobi", "jacobi"], "listed twice"),
         (["compare", "--repeats", "0"], "repeats"),
+        (["compare", "--config", "quik"], "did you mean 'quick'"),
+        (["compare", "--config", "/no/such/run.toml"], "/no/such/run.toml"),
+        (["compare", "--config", "quick", "--resume", "x"], "leave --output and --config out"),
+        (["compare", "--resume", "/no/such/run"], "/no/such/run"),
+        (["compare", "--cool-down", "-1"], "cool_down"),
+        (["race", "Hi", "--speed", "0"], "speed"),
         (["report", "/no/such/run"], "/no/such/run"),
         (["frobnicate"], "invalid choice"),
     ],

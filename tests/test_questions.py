@@ -252,7 +252,7 @@ def test_a_file_without_questions_is_refused(tmp_path: Path, name: str, text: st
 
 
 def test_a_missing_file_a_folder_and_an_unknown_suite_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match=r"nowhere.jsonl' does not exist; shipped suites: default, router"):
+    with pytest.raises(InvalidRequest, match=r"nowhere.jsonl' does not exist; shipped suites: default, long, router"):
         load_questions(tmp_path / "nowhere.jsonl")
     with pytest.raises(InvalidRequest, match="is a folder; give one question file in it"):
         load_questions(tmp_path)
@@ -261,7 +261,7 @@ def test_a_missing_file_a_folder_and_an_unknown_suite_are_told_apart(tmp_path: P
 
 
 def test_the_shipped_suites_have_names() -> None:
-    assert set(suites()) == {"default", "router"}
+    assert set(suites()) == {"default", "long", "router"}
 
 
 def test_default_suite_covers_every_category_with_at_least_twelve_questions(default: list[Question]) -> None:
@@ -345,6 +345,22 @@ def test_summaries_are_much_shorter_than_their_passages(default: list[Question])
     for question in default:
         if question.category == "summarization":
             assert 0 < len(question.reference[0].split()) < 0.4 * len(question.turns[0].split()), question.id
+
+
+def test_long_questions_are_long_and_their_answer_is_in_one_document_anywhere() -> None:
+    questions = load_questions("long")
+    assert len(questions) >= 12
+    places: Counter[int] = Counter()
+    for question in questions:
+        (turn,) = question.turns
+        assert 6000 <= len(turn) <= 8000, question.id
+        documents = re.split(r"\n\n(?=\[\d\] )|\n\n(?=Answer in)", turn)[1:-1]
+        assert len(documents) == 6, question.id
+        holding = [i for i, text in enumerate(documents) if any(r.lower() in text.lower() for r in question.reference)]
+        assert holding, question.id
+        places.update(holding[:1])
+        assert all(score(question, f"It is {reference}.") == 1.0 for reference in question.reference), question.id
+    assert len(places) >= 4
 
 
 def test_router_labels_are_many_balanced_and_mixed(router: list[Question]) -> None:

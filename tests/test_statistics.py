@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from decoding.report import statistics
+from decoding.report.runfile import Run
 from decoding.report.statistics import (
     Interval,
     bootstrap,
@@ -23,6 +24,8 @@ from decoding.report.statistics import (
     ratio_of_sums,
     sign_flip_p,
 )
+from decoding.report.summary import per_question_seconds, summarize
+from tests.synthetic_run import synthetic_run
 
 
 def times(n: int, seed: int, speedup: float = 1.5, scatter: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
@@ -249,3 +252,30 @@ def test_too_few_answers_say_nothing_of_drift() -> None:
 def test_an_interval_knows_what_it_contains() -> None:
     assert Interval(1.0, 0.9, 1.1).contains(1.05)
     assert not Interval(1.0, 0.9, 1.1).contains(1.2)
+
+
+def test_categories_have_their_own_figures_corrected_for_their_number() -> None:
+    run = synthetic_run(24, tokens=(10, 20))
+    summary = summarize(run, resamples=199)
+    cells = [(row.strategy, name, cell) for row in summary.strategies for name, cell in row.categories.items()]
+    tested = [(strategy, name, cell) for strategy, name, cell in cells if strategy != "autoregressive"]
+    assert len(tested) >= 6
+    raw = []
+    for strategy, name, cell in tested:
+        plain, other = ({q: s for q, s in seconds.items() if q in of(run, name)} for seconds in times_of(run, strategy))
+        logs = [math.log(plain[q] / other[q]) for q in plain]
+        raw.append(sign_flip_p(logs))
+        assert cell.detectable == pytest.approx(minimum_detectable_ratio(logs))
+        assert cell.speedup_geometric is not None
+        assert cell.speedup_geometric.estimate == pytest.approx(math.exp(np.mean(logs)))
+    assert [cell.p_value for *_, cell in tested] == pytest.approx(holm(raw))
+    assert max(cell.p_value for *_, cell in tested) > max(raw) or max(raw) == 1.0
+    assert all(math.isnan(cell.p_value) for strategy, _, cell in cells if strategy == "autoregressive")
+
+
+def of(run: Run, category: str) -> set[int | str]:
+    return {record.question_id for record in run if record.category == category}
+
+
+def times_of(run: Run, strategy: str) -> tuple[dict[int | str, float], dict[int | str, float]]:
+    return per_question_seconds(run, "autoregressive"), per_question_seconds(run, strategy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from decoding.report import statistics
@@ -15,8 +16,15 @@ if TYPE_CHECKING:
 
 
 def notices(run: Run, rows: Sequence[StrategySummary]) -> tuple[str, ...]:
-    """Missing baseline, failures, broken promises of losslessness, drift and disturbances of the machine."""
-    return (*_missing_baseline(rows), *_failures(run, rows), *_broken_promises(rows), *_disturbances(run))
+    """Missing baseline, failures, broken promises of losslessness, a change of place, drift and disturbances of the
+    machine."""
+    return (
+        *_missing_baseline(rows),
+        *_failures(run, rows),
+        *_broken_promises(rows),
+        *_moved(run),
+        *_disturbances(run),
+    )
 
 
 def _missing_baseline(rows: Sequence[StrategySummary]) -> Iterator[str]:
@@ -43,9 +51,21 @@ def _broken_promises(rows: Sequence[StrategySummary]) -> Iterator[str]:
             )
 
 
+def _moved(run: Run) -> Iterator[str]:
+    """Resumed elsewhere: with other code, packages or hardware. The load at the moment is no change."""
+    first = replace(run.header.environment, load=0.0)
+    others = [replace(session.environment, load=0.0) for session in run.resumed]
+    changed = [f.name for f in fields(first) if any(getattr(o, f.name) != getattr(first, f.name) for o in others)]
+    if changed:
+        yield (
+            f"The run was resumed in another environment (different: {', '.join(changed)}): answers from before and "
+            "after are paired within questions only where a question fell wholly on one side."
+        )
+
+
 def _disturbances(run: Run) -> Iterator[str]:
     """Drift and outliers of plain decoding, whose answers are spread over the whole run. Time is told by their order,
-    because a resumed run starts its clock anew."""
+    in which the pause before a resumption does not count."""
     plain = [r for r in run.records if r.strategy == BASELINE and not r.failed and step_seconds(r) > 0]
     plain.sort(key=lambda record: record.order)
     speeds = [step_seconds(record) for record in plain]

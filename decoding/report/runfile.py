@@ -34,6 +34,8 @@ except ImportError:  # not on this operating system: two writers at once are the
 FILE = "records.jsonl"
 """Name of the records within a run directory."""
 
+_BEGINNING = b'{"kind":"header"'  # of every records file, even one whose writer was killed in its first line
+
 
 @dataclass(frozen=True)
 class Run:
@@ -120,7 +122,7 @@ class RecordWriter:
         self._done: dict[Key, AnswerRecord] = {}
         with _explained(self.path, "opened"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not resume and self.path.exists() and self.path.stat().st_size:
+            if not resume and self.path.exists() and _read(self.path).header is not None:
                 raise RecordError(
                     f"{self.path} already holds records; resume that run, or choose another output directory."
                 )
@@ -246,6 +248,8 @@ def _read(path: Path) -> _Contents:
             try:
                 data = json.loads(line)
             except ValueError:
+                if header is None and not line.startswith(_BEGINNING[: len(line)]):
+                    raise RecordError(f"{path}, line 1: not a header followed by answers.") from None
                 if sound + len(line) < size:
                     raise RecordError(
                         f"{path}, line {number}: damaged, and not the last line; "

@@ -66,12 +66,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class CategorySummary:
-    """One strategy on the questions of one category; speedup is the ratio of summed seconds."""
+    """One strategy on the questions of one category; figures as in `Comparison`, on the questions that plain decoding
+    answered too. p_value: Holm-corrected over all strategies and categories of the run."""
 
     questions: int
     seconds: float
     speedup: Interval | None
     quality: float | None
+    speedup_geometric: Interval | None = None
+    p_value: float = float("nan")
+    detectable: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,10 @@ def summarize(run: Run, *, seed: int = 0, resamples: int = statistics.RESAMPLES)
         replace(row, comparison=replace(row.comparison, p_value=p)) if row.comparison else row
         for row, p in zip(rows, adjusted, strict=True)
     ]
+    cells = [(i, name, cell.p_value) for i, row in enumerate(rows) for name, cell in row.categories.items()]
+    for (i, name, _), p in zip(cells, statistics.holm([p for *_, p in cells]), strict=True):
+        cell = replace(rows[i].categories[name], p_value=p)
+        rows[i] = replace(rows[i], categories={**rows[i].categories, name: cell})
     return Summary(
         strategies=tuple(rows),
         categories=tuple(dict.fromkeys(record.category for record in run.records)),
@@ -181,6 +189,12 @@ def _seconds(record: AnswerRecord) -> float:
 
 def _new_tokens(record: AnswerRecord) -> float:
     return record.metrics.new_tokens
+
+
+def _log_ratios(slow: Array, fast: Array) -> Array:
+    """ln(slow ÷ fast) per question; not finite where one of them took no time."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.log(slow / fast))
 
 
 def _average(values: Array) -> float:
@@ -247,13 +261,16 @@ def _categories(
     for category, questions in members.items():
         both = [question for question in questions if question in plain]
         scored = [r for question in questions for r in answers[question] if r.quality]
+        slow, fast = _means(plain, _seconds, both), _means(answers, _seconds, both)
+        logs = _log_ratios(slow, fast)
         summaries[category] = CategorySummary(
             questions=len(questions),
             seconds=_average(_means(answers, _seconds, questions)),
-            speedup=estimate(statistics.ratio_of_sums, _means(plain, _seconds, both), _means(answers, _seconds, both))
-            if both
-            else None,
+            speedup=estimate(statistics.ratio_of_sums, slow, fast) if both else None,
             quality=fmean(map(_quality, scored)) if scored else None,
+            speedup_geometric=estimate(statistics.geometric_mean_ratio, slow, fast) if both else None,
+            p_value=statistics.sign_flip_p(logs),
+            detectable=statistics.minimum_detectable_ratio(logs),
         )
     return summaries
 
@@ -264,8 +281,7 @@ def _compare(answers: ByQuestion, plain: ByQuestion, estimate: Callable[..., Int
         return None
     slow, fast = _means(plain, _seconds, both), _means(answers, _seconds, both)
     slow_tokens, fast_tokens = _means(plain, _new_tokens, both), _means(answers, _new_tokens, both)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(slow / fast)
+    logs = _log_ratios(slow, fast)
     pairs = _pairs(answers, plain)
     differences = tuple(
         Difference(record.question_id, record.repeat, position)

@@ -1,0 +1,119 @@
+"""A run that is killed again and again ends like one that was left alone.
+
+    python -m experiments.kill_resume [--kills 20] [--questions 40] [--model smollm2-135m]
+
+Three strategies answer the questions once undisturbed, and once in a process that is killed (SIGKILL) at random
+moments and resumed each time: while it loads, warms up, decodes or writes. Afterwards every answer must be there once,
+with the undisturbed run's tokens and text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Imported before the process forks: every child would do it otherwise. Nothing is computed here, so that no child
+# inherits a thread pool without its threads.
+from decoding import comparison, progress  # noqa: F401
+from decoding.cli import main as command
+from decoding.errors import RecordError
+from decoding.report import read_run
+
+STRATEGIES = ("autoregressive", "speculative(drafter=prompt-lookup)", "jacobi")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--suite", default="default", help="a question file or a shipped suite")
+    parser.add_argument("--questions", type=int, default=40)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    arguments = [
+        options.suite,
+        "--strategies",
+        *STRATEGIES,
+        "--limit",
+        str(options.questions),
+        "--model",
+        options.model,
+    ]
+    arguments += ["--max-new-tokens", str(options.max_new_tokens), "--temperature", "0.7"]
+    with tempfile.TemporaryDirectory() as folder:
+        whole, cut = Path(folder, "whole"), Path(folder, "cut")
+        began = time.perf_counter()
+        finish(start([*arguments, "--output", str(whole)], folder), folder)
+        seconds = time.perf_counter() - began
+        answering = read_run(whole).records[-1].started
+        moments = random.Random(options.seed)
+        kills = sum(
+            # Sessions of random length that together do about half of the work, so that all the kills find one.
+            killed(
+                resuming(cut, arguments), moments.uniform(0, seconds - answering + answering / options.kills), folder
+            )
+            for _ in range(options.kills)
+        )
+        sessions = len(read_run(cut).resumed) if holds_a_run(cut) else 0
+        before = len(read_run(cut)) if holds_a_run(cut) else 0
+        finish(start(resuming(cut, arguments), folder), folder)
+        ours, theirs = read_run(cut), read_run(whole)
+        lines = (cut / "records.jsonl").read_bytes().splitlines()
+        answers = sum(line.startswith(b'{"kind":"answer"') for line in lines)
+        expected = {record.key: (record.text, record.tokens, record.seed) for record in theirs}
+        found = {record.key: (record.text, record.tokens, record.seed) for record in ours}
+    print(f"killed {kills} times ({before} answers made in {sessions + 1} sessions), then left alone to the end")
+    print(f"answers: {answers} lines for {len(expected)} answers of the undisturbed run")
+    print(f"same tokens and text: {sum(found.get(key) == value for key, value in expected.items())} of {len(expected)}")
+    held = kills == options.kills and answers == len(expected) and found == expected
+    print("verdict:", "holds" if held else "does not hold")
+    return 0 if held else 1
+
+
+def holds_a_run(directory: Path) -> bool:
+    try:
+        return bool(read_run(directory).header)
+    except RecordError:  # killed before there was a header
+        return False
+
+
+def resuming(directory: Path, arguments: list[str]) -> list[str]:
+    return ["--resume", str(directory)] if holds_a_run(directory) else [*arguments, "--output", str(directory)]
+
+
+def start(arguments: list[str], folder: str) -> int:
+    """Run `decoding compare` in a process of its own; its number."""
+    child = os.fork()
+    if child == 0:
+        try:
+            log = os.open(Path(folder, "log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os._exit(command(["compare", *arguments]))
+        finally:
+            os._exit(1)
+    return child
+
+
+def killed(arguments: list[str], seconds: float, folder: str) -> bool:
+    """Kill the command after some time; whether it was still running."""
+    child = start(arguments, folder)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def finish(child: int, folder: str) -> None:
+    if os.waitpid(child, 0)[1]:
+        sys.exit(Path(folder, "log").read_text(errors="replace"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
