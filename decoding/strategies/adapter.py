@@ -63,6 +63,7 @@ def adapted(backend: LocalBackend, name: str) -> LocalBackend:
     if backend.variant == name:
         return backend
     if name not in backend.variants:
+        fused = backend.engine.runner.fused
         variant = type(backend)(
             merged(backend.model, load_adapter(name)),
             backend.tokenizer,
@@ -71,6 +72,7 @@ def adapted(backend: LocalBackend, name: str) -> LocalBackend:
             slots=backend.engine.cache.slots,
             capacity=backend.engine.cache.capacity,
             step_tokens=backend.engine.step_tokens,
+            weights="float32" if fused is None else fused.weights,
         )
         variant.variant = name
         backend.variants[name] = variant

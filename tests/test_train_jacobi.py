@@ -1,0 +1,216 @@
+"""Consistency training: packed iterates see what they would see alone, training resumes, and adapters are what peft
+makes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import decoding
+from decoding.engine.engine import Engine
+from decoding.engine.runner import Runner
+from decoding.errors import ModelError, RecordError, UnknownName
+from decoding.models import LoadedModel
+from decoding.strategies import Jacobi
+from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS
+from drafters.training.corpus import Document
+from experiments.consistency import Branch, ConsistencyLoss, Packed, Trajectory, choose, pack
+from experiments.train_jacobi import Training, train
+from experiments.trajectories import collect, follow, repetitive
+from tests.refiners import prompts
+from tests.tiny import EOS, tiny_model, tiny_tokenizer
+
+OPTIONS = Training(
+    block_size=6, max_new_tokens=24, rank=4, alpha=8, epochs=2, batch=2, learning_rate=5e-3, evaluate_every=3,
+    save_every=2, validation_tokens=16,
+)  # fmt: skip
+TRAJECTORY = Trajectory(
+    [5, 6, 7, 8, 9, 10, 11, 12], 3, [Branch(4, [20, 21, 22]), Branch(3, [30, 31]), Branch(6, [40, 41, 42])]
+)
+
+
+def backend(model: Any = None) -> decoding.LocalBackend:
+    model = model or tiny_model(max_position_embeddings=2048)
+    return decoding.LocalBackend(model, tiny_tokenizer(), name="tiny", eos=[EOS], slots=8, capacity=1536)
+
+
+def hidden_alone(model: Any, tokens: list[int]) -> torch.Tensor:
+    return model.get_decoder()(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+
+
+def farthest(packed: Packed) -> float:
+    """How far the packed hidden states of every branch lie from those of plain forwards, at most."""
+    model: Any = tiny_model()
+    with torch.no_grad():
+        hidden = ConsistencyLoss(model)._hidden(packed)[0]
+        gaps, at = [], len(TRAJECTORY.tokens)
+        for branch in TRAJECTORY.branches:
+            alone = hidden_alone(model, [*TRAJECTORY.tokens[: branch.start], *branch.guesses])[branch.start :]
+            gaps.append((hidden[at : at + len(branch.guesses)] - alone).abs().max())
+            at += len(branch.guesses)
+    return float(max(gaps))
+
+
+def test_a_packed_branch_sees_the_answer_before_it_and_itself() -> None:
+    packed = pack([TRAJECTORY, Trajectory([1, 2, 3], 1, [])])
+    assert farthest(packed) < 1e-4
+    leaky = Packed(**{**vars(packed), "mask": torch.ones_like(packed.mask).tril()})
+    assert farthest(leaky) > 1e-2, "the comparison does not notice a wrong mask"
+
+
+def test_iterates_learn_what_the_answer_says_at_the_same_place() -> None:
+    packed = pack([TRAJECTORY])
+    n = len(TRAJECTORY.tokens)
+    assert packed.rows[:, 1].tolist() == [2, 3, 4, 5, 6] and packed.targets.tolist() == [8, 9, 10, 11, 12]
+    assert packed.students[:, 1].tolist() == [n, n + 1, n + 2, n + 3, n + 4, n + 5]
+    assert packed.teachers[:, 1].tolist() == [4, 5, 6, 3, 4, 6], "the last branch reaches beyond the answer"
+    model: Any = tiny_model()
+    with torch.no_grad():
+        losses = ConsistencyLoss(model, answer_weight=2.0)(packed)
+        text = model(torch.tensor([TRAJECTORY.tokens])).logits[0]
+        answer = torch.nn.functional.cross_entropy(text[2:-1], packed.targets)
+        branch = model(torch.tensor([[*TRAJECTORY.tokens[:4], 20, 21, 22]])).logits[0, 4:]
+        one = -(text[4:7].softmax(-1) * branch.log_softmax(-1)).sum(-1)
+    only = ConsistencyLoss(model, answer_weight=2.0)(pack([Trajectory(TRAJECTORY.tokens, 3, TRAJECTORY.branches[:1])]))
+    assert losses.answer == pytest.approx(answer.item(), rel=1e-4)
+    assert only.consistency == pytest.approx(one.mean().item(), rel=1e-4)
+    assert losses.total.item() == pytest.approx(2 * losses.answer + losses.consistency, rel=1e-4)
+
+
+def test_trajectories_are_the_iterates_of_greedy_answers(tmp_path: Path) -> None:
+    lm, work = backend(), prompts(5)
+    found = follow(lm, work, block_size=6, max_new_tokens=24)
+    params = decoding.SamplingParams(max_new_tokens=24)
+    plain = {tuple(p): decoding.generate(p, lm, params=params).tokens for p in work}
+    assert found and not lm.engine.filming
+    for trajectory in found:
+        prompt, answer = trajectory.tokens[: trajectory.prompt], trajectory.tokens[trajectory.prompt :]
+        assert plain[tuple(prompt)] == answer and trajectory.branches
+        for branch in trajectory.branches:
+            assert branch.guesses[0] != trajectory.tokens[branch.start], "a branch starts at its first wrong guess"
+            assert len(branch.guesses) <= 5
+    options: dict[str, Any] = {"block_size": 6, "max_new_tokens": 24}
+    lm.forget()  # a prompt that is not read again leaves one more step to guess in
+    again = collect(lm, work, tmp_path, **options)
+    assert again == found == collect(lm, [[0]] * 5, tmp_path, **options), "the second time it is read"
+
+
+def test_what_turns_in_a_circle_is_left_out() -> None:
+    assert repetitive([1, 2, 3, 4] * 12) and not repetitive(list(range(60)))
+    assert sum(len(b.guesses) for b in choose(TRAJECTORY, 4, Random(0)).branches) in (5, 6)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_training_teaches_resumes_and_leaves_an_adapter_that_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    lm = backend()
+    found = follow(lm, prompts(6, seed=4), block_size=6, max_new_tokens=24)
+    held_out = [Document(torch.tensor(t.tokens), t.prompt, 0, 0) for t in found[:3]]
+
+    def loaded() -> LoadedModel:
+        return LoadedModel(tiny_model(), tiny_tokenizer(), "tiny", "")
+
+    whole = train(loaded(), found, held_out, OPTIONS, tmp_path / "whole")
+    assert whole.steps == whole.total == 2 * -(-len(found) // 2)
+    best = whole.best
+    assert best is not None and whole.validations[0].agreement == 1, "before training it is the base model"
+
+    saved = torch.optim.AdamW.step
+    steps = 0
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise Interrupted
+        return saved(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", stops)
+        with pytest.raises(Interrupted):
+            train(loaded(), found, held_out, OPTIONS, tmp_path / "cut")
+    cut = train(loaded(), found, held_out, OPTIONS, tmp_path / "cut")
+    assert [v.step for v in cut.validations] == [v.step for v in whole.validations]
+    assert cut.validations[-1].perplexity == pytest.approx(whole.validations[-1].perplexity, rel=1e-3)
+    with pytest.raises(RecordError, match="epochs"):
+        train(loaded(), found, held_out, Training(**{**vars(OPTIONS), "epochs": 3}), tmp_path / "cut")
+
+    from peft import PeftModel
+
+    folder = tmp_path / "whole" / "adapter"
+    peft_model: Any = PeftModel.from_pretrained(tiny_model(), str(folder))
+    theirs = backend(peft_model.merge_and_unload())
+    params = decoding.SamplingParams(max_new_tokens=16)
+    strategy = Jacobi(block_size=6, adapter=str(folder))
+    for prompt in prompts(3, seed=4):
+        adapted = decoding.generate(prompt, lm, strategy=strategy, params=params)
+        assert adapted.tokens == decoding.generate(prompt, theirs, params=params).tokens
+        assert adapted.metrics.drafted > 0 and not strategy.lossless
+    assert json.loads((folder / CARD).read_text())["validation"]["step"] == best.step
+    lm.forget()
+    assert not next(iter(lm.variants.values())).engine.cache.lengths.any()
+
+
+def lora(folder: Path, model: Any, rank: int = 2, **card: Any) -> Path:
+    """An adapter of random updates of the first attention layer, written by hand."""
+    folder.mkdir()
+    layer = model.model.layers[0].self_attn
+    torch.manual_seed(0)
+    tensors = {}
+    for name in ("q_proj", "v_proj"):
+        out, into = getattr(layer, name).weight.shape
+        key = f"base_model.model.model.layers.0.self_attn.{name}"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(rank, into)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(out, rank)
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}))
+    (folder / CARD).write_text(json.dumps(card))
+    return folder
+
+
+def test_the_adapted_model_decodes_beside_the_base_model_and_shares_its_tensors(tmp_path: Path) -> None:
+    lm = backend()
+    adapter = str(lora(tmp_path / "lora", lm.model))
+    params = decoding.SamplingParams(max_new_tokens=12)
+    prompt = prompts(1)[0]
+    before = decoding.generate(prompt, lm, params=params).tokens
+    adapted = decoding.generate(prompt, lm, strategy=Jacobi(block_size=4, adapter=adapter), params=params)
+    assert decoding.generate(prompt, lm, params=params).tokens == before != adapted.tokens
+    (variant,) = lm.variants.values()
+    ours: dict[str, Any] = dict(variant.model.named_parameters())
+    for name, parameter in lm.model.named_parameters():
+        touched = "layers.0.self_attn.q_proj" in name or "layers.0.self_attn.v_proj" in name
+        assert (ours[name] is parameter) != touched
+    engine = Engine(Runner(variant.model, slots=2, capacity=64))
+    assert engine.runner.vocab == lm.engine.runner.vocab
+    nested = decoding.generate("List", lm, strategy=f"skeleton(inner=jacobi(adapter='{adapter}'))", params=params)
+    assert nested.error is None and len(lm.variants) == 1
+
+
+def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
+    lm = backend()
+    wide = lora(tmp_path / "wide", tiny_model(hidden_size=48))
+    deep = lora(tmp_path / "deep", lm.model)
+    weights = tmp_path / "other"
+    lora(weights, lm.model, fingerprint=[1.0] * 16)
+    for folder in (wide, weights):
+        with pytest.raises(ModelError, match="is for another model"):
+            decoding.generate("Hi", lm, strategy=Jacobi(adapter=str(folder)))
+    with pytest.raises(ModelError, match="is for another model"):
+        decoding.generate("Hi", backend(tiny_model("gpt2")), strategy=Jacobi(adapter=str(deep)))
+    with pytest.raises(UnknownName, match="adapter"):
+        decoding.generate("Hi", lm, strategy="jacobi(adapter=no-such)")
+    (deep / WEIGHTS).write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="is not a LoRA adapter"):
+        decoding.generate("Hi", lm, strategy=Jacobi(adapter=str(deep)))
