@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from decoding.backends.text import token_pieces
 from decoding.errors import RecordError
 from decoding.report import (
     BASELINE,
@@ -41,10 +42,13 @@ from decoding.report import (
 )
 from decoding.report.definitions import DEFINITIONS, OF_TWO_RUNS
 from decoding.report.measures import acceptance, first_difference, step_costs, time_shares
+from decoding.report.statistics import Interval
 from decoding.report.table import COLUMNS, columns, headline
+from decoding.report.winrates import Judged, WinRate
 from decoding.trace import Metrics, Step
 from tests.chromium import Chromium, find_chromium
 from tests.synthetic_run import STRATEGIES, synthetic_run
+from tests.tiny import EOS, tiny_tokenizer
 
 HOSTILE = "</script><script>alert(1)</script><!-- <b>&amp; \"'` \u2028 {{ 7 * 7 }} [a](b) | ${x}"
 
@@ -241,7 +245,7 @@ def test_drift_and_disturbance_of_the_machine_are_reported() -> None:
 
 
 def test_the_summary_is_a_pure_function_of_the_records(run: Run, summary: Summary) -> None:
-    assert summarize(run, resamples=499) == summary
+    assert repr(summarize(run, resamples=499)) == repr(summary)  # nan is not equal to itself
     shuffled = replace(run, records=tuple(sorted(run.records, key=lambda r: (r.order * 7919) % 1000)))
     other = summarize(shuffled, resamples=499)
     for row in summary.strategies:
@@ -464,9 +468,33 @@ def test_the_page_is_complete_without_scripts(run: Run, summary: Summary, tmp_pa
         assert row.strategy in body
         for column in columns(summary):
             assert column.cell(row).partition(" [")[0] in body
-    for definition in DEFINITIONS.values():
-        assert html.escape(definition.formula, quote=False) in body.replace("&#39;", "'")
+    for key, definition in DEFINITIONS.items():
+        shown = html.escape(definition.formula, quote=False) in body.replace("&#39;", "'")
+        assert shown == (key != "net_win_rate")  # nobody judged this run
     assert run.header.config_hash in body
+
+
+def test_verdicts_of_judges_have_their_place(run: Run, summary: Summary, tmp_path: Path) -> None:
+    nothing = Interval(0.25, math.nan, math.nan)
+    strict, lenient = WinRate(4, 3, 1, Interval(0.375, 0.1, 0.6)), WinRate(5, 1, 2, nothing)
+    verdict = Judged("a <judge>", 0, lenient, strict, nothing, agreement=0.75, first=0.5, longer=1.31, categories={})
+    rows = tuple(replace(row, judged=() if row.baseline else (verdict,)) for row in summary.strategies)
+    body = write_report(run, tmp_path, summary=replace(summary, strategies=rows)).read_text()
+    assert body.count("a &lt;judge&gt;") == len(rows) - 1
+    assert "+0.38 [+0.10, +0.60]" in body
+    assert "<td>1.31</td>" in body
+    assert DEFINITIONS["net_win_rate"].formula in body
+
+
+def test_the_pieces_of_an_answer_join_to_its_text() -> None:
+    tokenizer = tiny_tokenizer()  # a token per byte
+    text = "día ☂ 雨!"
+    tokens = [*tokenizer(text)["input_ids"], EOS]
+    pieces = token_pieces(tokenizer, tokens)
+    assert len(pieces) == len(tokens)
+    assert "".join(pieces) == text
+    assert pieces[:4] == ["d", "", "í", "a"]
+    assert token_pieces(tokenizer, tokens[:2]) == ["d", "\N{REPLACEMENT CHARACTER}"]
 
 
 # The page in a browser

@@ -79,3 +79,17 @@ class TextStream:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """The text that each token of an answer adds; joined they are the answer. A character that is spread over
+    several tokens belongs to the last of them."""
+    stream, pieces, written = TextStream(tokenizer), [], 0
+    for token in tokens:
+        stream.feed([token])
+        pieces.append(stream.text[written:])
+        written = len(stream.text)
+    stream.finish()
+    if pieces:
+        pieces[-1] += stream.text[written:]
+    return pieces

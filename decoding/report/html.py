@@ -29,7 +29,7 @@ from decoding.report.page_data import page_data, question_data
 from decoding.report.redaction import Json
 from decoding.report.runfile import Run
 from decoding.report.summary import Summary, summarize
-from decoding.report.table import columns, comparison_cells, headline
+from decoding.report.table import columns, comparison_cells, headline, number, signed
 
 FILE = "report.html"
 """Name of the report within a run directory."""
@@ -73,6 +73,8 @@ def render(run: Run, summary: Summary) -> str:
         summary=summary,
         headline=_breakable(headline(summary)),
         breakable=_breakable,
+        number=number,
+        signed=signed,
         columns=shown,
         definitions=DEFINITIONS,
         config=list(flatten(run.header.config)),

@@ -58,6 +58,9 @@ def _strategy(row: StrategySummary, ratios: list[Json]) -> dict[str, Json]:
                 "questions": category.questions,
                 "seconds": _finite(category.seconds),
                 "speedup": _interval(category.speedup),
+                "geometric": _interval(category.speedup_geometric),
+                "p": _finite(category.p_value),
+                "detectable": _finite(category.detectable),
                 "quality": category.quality,
             }
             for name, category in row.categories.items()

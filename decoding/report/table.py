@@ -49,6 +49,15 @@ def ratio(interval: Interval | None) -> str:
     return f"{interval.estimate:.2f}× [{interval.low:.2f}, {interval.high:.2f}]"
 
 
+def signed(interval: Interval) -> str:
+    """`+0.12 [-0.05, +0.30]`; without brackets where there is no interval."""
+    if not math.isfinite(interval.estimate):
+        return NOTHING
+    if not math.isfinite(interval.low):
+        return f"{interval.estimate:+.2f}"
+    return f"{interval.estimate:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
 def mebibytes(value: int | None) -> str:
     return NOTHING if value is None else f"{value / 2**20:,.0f} MiB"
 

@@ -133,8 +133,11 @@ function category(place, width, strategies) {
           svg("text", { x: Math.max(x(cell[0]), cell[1] === null ? 0 : x(end)) + 6, y: y + 9, class: "value" }, `${fixed(cell[0])}×`));
       }));
   })), legend(rows, false, "dashed: plain decoding"));
-  numbers("category", ["category", ...rows.flatMap((row) => [row.name, "quality"])], data.categories.map((name) =>
-    [name, ...rows.flatMap((row) => [interval((row.categories[name] || {}).speedup), fixed((row.categories[name] || {}).quality)])]));
+  numbers("category", ["category", "strategy", "Σ ratio", "geometric mean", "p", "detectable", "quality", "questions"],
+    data.categories.flatMap((name) => rows.map((row) => {
+      const cell = row.categories[name] || { questions: 0 };
+      return [name, row.name, interval(cell.speedup), interval(cell.geometric), fixed(cell.p, 3), cell.detectable ? `${fixed(cell.detectable)}×` : "–", fixed(cell.quality), String(cell.questions)];
+    })));
 }
 
 function accepted(place, width, strategies) {
