@@ -44,10 +44,13 @@ class Output:
         offsets = np.cumsum(counts) - counts
         logits = _processed(sequences, blocks, counts, raw)
         best, tokens = logits.max(dim=-1)
-        host = torch.stack([tokens, torch.isfinite(best)]).cpu().numpy()
-        bad = np.logical_not(host[1])
+        if logits.device.type == "cpu":
+            greedy, bad = tokens.numpy(), ~np.isfinite(best.float().numpy())
+        else:
+            greedy, finite = torch.stack([tokens, torch.isfinite(best)]).cpu().numpy()
+            bad = finite == 0
         broken = [s for i, s in enumerate(sequences) if bad[offsets[i] : offsets[i] + counts[i]].any()]
-        return cls(sequences, blocks, offsets, logits, raw, host[0], broken)
+        return cls(sequences, blocks, offsets, logits, raw, greedy, broken)
 
     def of(self, sequences: List[Sequence]) -> Output:
         """The part about some of the sequences."""

@@ -94,7 +94,7 @@ class Runner:
             tokens, places, keep = flatten(rows, self.cache)
             depth = len(self._stack.layers) if layers is None else layers
             logits, captured = self.fused.forward(tokens, places, keep, depth, self.capture if whole else ())
-            written = places.entries(self.cache.capacity)
+            written = places.entries(self.cache.capacity) if self.capture else None
         else:
             assert self._linears is not None
             step = pack(rows, self.cache, self.device)
