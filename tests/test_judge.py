@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +19,17 @@ from decoding.cli import main
 from decoding.config import LoadOptions
 from decoding.errors import ContextOverflow, InvalidRequest, RecordError, UnknownName
 from decoding.judge import Judge, judge_run, verdict
-from decoding.report import BASELINE, AnswerRecord, RecordWriter, Run, RunHeader, environment, read_run, summarize
+from decoding.report import (
+    BASELINE,
+    AnswerRecord,
+    RecordWriter,
+    Run,
+    RunHeader,
+    environment,
+    read_run,
+    statistics,
+    summarize,
+)
 from decoding.report.judgments import JUDGMENTS, Judgment, Winner, append_judgment, read_judgments
 from decoding.report.table import columns
 from decoding.report.winrates import RIDGE, JudgedPair, judged, length_controlled, length_difference, outcome
@@ -237,11 +248,12 @@ def pairs_of(lengths: np.ndarray, wins: np.ndarray) -> list[JudgedPair]:
 
 def test_wins_that_come_from_length_vanish_at_equal_length_and_others_do_not() -> None:
     rng = np.random.default_rng(5)
+    estimate = partial(statistics.bootstrap, resamples=999)
     lengths = rng.normal(650, 250, 250).clip(50)  # longer on the whole
-    bought = judged("m", pairs_of(lengths, np.where(lengths > 500 + rng.normal(0, 60, 250), 1, -1)))
+    bought = judged("m", pairs_of(lengths, np.where(lengths > 500 + rng.normal(0, 60, 250), 1, -1)), estimate)
     assert bought.strict.net.estimate > 0.35
     assert bought.length_controlled.low < 0 < bought.length_controlled.high
-    earned = judged("m", pairs_of(lengths, np.where(rng.random(250) < 0.8, 1, -1)))
+    earned = judged("m", pairs_of(lengths, np.where(rng.random(250) < 0.8, 1, -1)), estimate)
     assert earned.length_controlled.estimate == pytest.approx(earned.strict.net.estimate, abs=0.1)
     assert earned.length_controlled.low > 0.3
 
@@ -291,7 +303,7 @@ def test_the_command_line_judges_and_assesses(
     out = capsys.readouterr().out
     assert "4/2/0" in out and "+0.67" in out and "critic, pair" in out
     (how,) = asked
-    assert (how.concurrency, how.prefill, how.prices) == (3, False, [1.0, 2.0, 3.0])
+    assert (how.concurrency, how.prefill, list(how.prices or ())) == (3, False, [1.0, 2.0, 3.0])
     assert main(["judge", str(folder), "--model", "m", "--prompt", "nothing"]) == 2
     assert "judge/nothing" in capsys.readouterr().err
     assert main(["assess", str(folder)]) == 0

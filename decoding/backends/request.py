@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,7 +79,7 @@ class RequestForm:
         return request
 
 
-def prompt_text(request: dict[str, Any]) -> str:
+def prompt_text(request: Mapping[str, Any]) -> str:
     """What the model reads of a request, as one text: equal beginnings are what a server's prefix cache can share."""
     if "prompt" in request:
         prompt = request["prompt"]
