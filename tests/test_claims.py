@@ -143,6 +143,7 @@ def test_the_readmes_table_is_up_to_date() -> None:
 def test_the_readme_names_every_script_and_none_that_does_not_exist() -> None:
     text = (index.HERE / "README.md").read_text(encoding="utf-8")
     scripts = {path.stem for folder in (index.HERE, index.HERE / "claims") for path in folder.glob("*.py")}
+    scripts |= {path.parent.name for path in index.HERE.glob("*/__main__.py")}
     runs = {path.stem for path in index.HERE.glob("*.toml")}
     named = {name for row in re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     assert named <= scripts
@@ -152,5 +153,5 @@ def test_the_readme_names_every_script_and_none_that_does_not_exist() -> None:
 
 
 def source(script: str) -> str:
-    path = index.HERE / f"{script}.py"
-    return (path if path.exists() else index.HERE / "claims" / path.name).read_text(encoding="utf-8")
+    places = (f"{script}.py", f"claims/{script}.py", f"{script}/__main__.py")
+    return next(path for place in places if (path := index.HERE / place).exists()).read_text(encoding="utf-8")
