@@ -64,19 +64,8 @@ class KVCache:
     def keep(self, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """[slots, capacity, width] zeros for something else that is known per token. From now on it follows the keys
         and values wherever entries are copied, moved or wiped. What was cached before serves nobody as a prefix."""
-        shape = LayerShape(1, width, 0, dtype, device)
-        kept, nothing = (_zeros((1, self.slots, 1, self.capacity, dim), shape) for dim in (width, 0))
-        self._stacks.append((kept, nothing))
-        self.forget()
-        self.tokens[:] = -1  # of slots in use: no prompt begins like this
-        return kept[0, :, 0]
-
-    def keep(self, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """[slots, capacity, width] zeros for something else that is known per token. From now on it follows the keys
-        and values wherever entries are copied, moved or wiped. What was cached before serves nobody as a prefix."""
-        shape = LayerShape(1, width, 0, dtype, device)
-        kept, nothing = (_zeros((1, self.slots, 1, self.capacity, dim), shape) for dim in (width, 0))
-        self._stacks.append((kept, nothing))
+        kept = _zeros((1, self.slots, 1, self.capacity, width), LayerShape(1, width, 0, dtype, device))
+        self._stacks.append((kept, kept[..., :0]))
         self.forget()
         self.tokens[:] = -1  # of slots in use: no prompt begins like this
         return kept[0, :, 0]
