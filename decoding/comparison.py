@@ -37,8 +37,8 @@ while warming up."""
 CONFIG = "config.toml"
 """Name of the run file within a run directory; `decoding compare --config` takes it."""
 
-LATENCY_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-"""Tokens per step for which the header of a run holds the backend's forward time."""
+LATENCY_TOKENS, LATENCY_CONTEXT = (1, 2, 4, 8, 16, 32, 64), 128
+"""Tokens per step for which the header of a run holds the backend's forward time, and the tokens behind them."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,9 @@ def _environment(backend: Backend) -> Environment:
 def _latency(backend: Backend) -> list[tuple[int, float]]:
     """(tokens, seconds) of a step over one sequence, where the backend knows."""
     model = getattr(backend, "latency", None)
-    return [] if model is None else [(tokens, float(model.cost(tokens, 1, 0))) for tokens in LATENCY_TOKENS]
+    return (
+        [] if model is None else [(tokens, float(model.cost(tokens, 1, LATENCY_CONTEXT))) for tokens in LATENCY_TOKENS]
+    )
 
 
 def _warm_up(comparison: Comparison, backend: Backend, progress: Progress) -> None:

@@ -170,14 +170,14 @@ def test_a_turn_that_fails_ends_the_question_and_keeps_the_turns_before(tmp_path
 def test_the_header_holds_configuration_and_latency_and_the_folder_a_run_file(tmp_path: Path) -> None:
     class Latency:
         def cost(self, tokens: int, sequences: int, context: int) -> float:
-            return 0.01 * tokens * sequences + context
+            return 0.01 * tokens * sequences + context / 128
 
     backend = Script({})
     backend.latency = Latency()  # type: ignore[attr-defined]
     config = RunConfig(questions="default", limit=1, strategies=("autoregressive",), schedule=Schedule(warm_up=0))
     execute(Comparison.of(config), backend, tmp_path, config=config)
     header = read_run(tmp_path).header
-    assert header.latency[:2] == ((1, 0.01), (2, 0.02))
+    assert header.latency[:2] == ((1, 1.01), (2, 1.02))
     assert RunConfig.of_header(header.config) == config == read_run_file(tmp_path / "config.toml")
     assert header.config["question_ids"] == ["generic-01"]
 
@@ -196,6 +196,18 @@ def test_compare_takes_prompts_and_gives_a_run(lm: decoding.LocalBackend, tmp_pa
     assert len(decoding.read_run(tmp_path)) == 1
     with pytest.raises(RecordError, match="already holds records"):
         decoding.compare(["One?"], lm, strategies=["autoregressive"], params=params, output=tmp_path)
+
+
+def test_two_runs_of_one_configuration_have_the_same_tokens(lm: decoding.LocalBackend) -> None:
+    strategies = ["autoregressive", "speculative(draft_length=4)", "jacobi(block_size=4)", "lookahead(adaptive=false)"]
+
+    def tokens(seed: int) -> list[tuple[object, ...]]:
+        params = SamplingParams(max_new_tokens=12, temperature=0.8, seed=seed)
+        made = decoding.compare(["Say la la la.", "And ba ba ba?"], lm, strategies=strategies, params=params)
+        return [(*record.key, *record.tokens) for record in made]
+
+    assert tokens(seed=3) == tokens(seed=3)
+    assert tokens(seed=3) != tokens(seed=4)
 
 
 def test_a_notebook_shows_an_answer_as_text_and_never_as_markup() -> None:

@@ -269,7 +269,7 @@ def test_categories_have_their_own_figures_corrected_for_their_number() -> None:
         assert cell.speedup_geometric is not None
         assert cell.speedup_geometric.estimate == pytest.approx(math.exp(np.mean(logs)))
     assert [cell.p_value for *_, cell in tested] == pytest.approx(holm(raw))
-    assert max(cell.p_value for *_, cell in tested) > max(raw) or max(raw) == 1.0
+    assert [cell.p_value for *_, cell in tested] != pytest.approx(raw)
     assert all(math.isnan(cell.p_value) for strategy, _, cell in cells if strategy == "autoregressive")
 
 
