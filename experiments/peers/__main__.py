@@ -56,7 +56,7 @@ DEFAULT = (
     "vllm:plain",
     "vllm:ngram",
 )
-_LINE_SECONDS = 900
+_SHORT = 96  # tokens of a prompt at most
 
 
 @dataclass
@@ -145,21 +145,24 @@ def _install(engine: str, environments: Path) -> str:
 
 
 def _prompts(count: int, folder: str) -> tuple[list[str], list[list[int]]]:
-    """Ragged prompts of the shipped suite, through the model's chat template."""
+    """Ragged prompts of the shipped suite, through the model's chat template; the short ones, since what is compared
+    is decoding."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     questions = load_questions("default")
-    every = max(1, len(questions) // count)
     texts = [
         str(
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": question.turns[0]}], tokenize=False, add_generation_prompt=True
             )
         )
-        for question in questions[::every][:count]
+        for question in questions
     ]
-    return texts, [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    short = [i for i, row in enumerate(ids) if len(row) <= _SHORT]
+    short = (short * (count // len(short) + 1))[:: max(1, len(short) // count)][:count]
+    return [texts[i] for i in short], [ids[i] for i in short]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
