@@ -224,12 +224,11 @@ def main() -> None:
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(schedule)
     state, first, best, spent = options.output / "checkpoint", 0, math.inf, 0.0
     if options.resume:
         accelerator.load_state(str(state))
         first, best, spent = json.loads((state / "progress.json").read_text())
-        for _ in range(first):
-            schedule.step()
     held_out = list(islice(batches(fast, options.objective, options.batch, seed=10**6, test=True), 2 * _POOL))
     # Every process, and every resumption, draws examples of its own.
     source = batches(fast, options.objective, options.batch, seed=1 + accelerator.process_index + 1000 * first)
@@ -264,9 +263,7 @@ def main() -> None:
                 "validation_loss": round(validation, 5),
                 "seconds": round(spent),
                 "device": str(accelerator.device),
-                "options": {
-                    key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
-                },
+                "options": {key: value for key, value in vars(options).items() if key not in ("output", "resume")},
             }
             save(plain, fast, options.output, card)
         accelerator.save_state(str(state))

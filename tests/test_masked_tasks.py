@@ -1,0 +1,150 @@
+"""The exact tasks, what models are trained on from them, a training run in small, and the models that ship."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+import decoding
+from decoding.cli import main
+from experiments import nar_quality, train_tasks
+from experiments.curves import Curve, chart
+from experiments.tasks import (
+    EOS,
+    LENGTH,
+    LONGEST_ANSWER,
+    MASK,
+    PAD,
+    TASKS,
+    UNK,
+    Example,
+    correct,
+    encode,
+    examples,
+    spelled,
+    tokenizer,
+)
+from experiments.train_tasks import BLOCK, OBJECTIVES
+
+
+def test_answers_are_right_and_survive_the_tokenizer() -> None:
+    fast = tokenizer()
+    for example in islice(examples(3, test=False), 600):
+        prompt, answer = encode(fast, example)
+        assert UNK not in [*prompt, *answer] and len(answer) <= LONGEST_ANSWER
+        assert correct(example, str(fast.decode(answer))) and not correct(example, str(fast.decode(answer[:-1])))
+        chat = fast.apply_chat_template([{"role": "user", "content": example.prompt}], tokenize=False)
+        assert fast(chat, add_special_tokens=False)["input_ids"] == prompt
+        given = example.prompt.split(" ", 1)[1]
+        if example.task == "add":
+            assert sum(map(int, given.split(" + "))) == int(example.answer)
+        if example.task == "sort":
+            assert sorted(map(int, given.split())) == list(map(int, example.answer.split()))
+    assert spelled(204_066) == "two hundred four thousand sixty six" and spelled(20) == "twenty"
+
+
+def test_training_and_test_prompts_never_meet() -> None:
+    training = {example.prompt for example in islice(examples(1, test=False), 5000)}
+    held_out = {example.prompt for example in islice(examples(2, test=True), 2000)}
+    assert not training & held_out
+    assert {example.task for example in islice(examples(2, test=True), len(TASKS))} == set(TASKS)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_model_is_asked_for_the_answer_and_shown_no_more_than_it_will_be(objective: str) -> None:
+    fast = tokenizer()
+    items = [encode(fast, example) for example in islice(examples(5, test=False), 60)]
+    batch = OBJECTIVES[objective](items, torch.Generator().manual_seed(0))
+    for i, (prompt, answer) in enumerate(items):
+        asked = batch.weights[i].nonzero()[:, 0].tolist()
+        assert asked and min(asked) >= len(prompt) - 1
+        right = [*prompt, *answer, *[EOS] * (2 * BLOCK)]
+        if objective == "causal":
+            assert batch.labels[i, asked].tolist() == right[len(prompt) : len(prompt) + len(answer) + 1]
+            continue
+        masked = [place for place in asked if batch.tokens[i, place] == MASK]
+        assert masked and (batch.weights[i, masked] == 1).all()
+        assert batch.visible is not None
+        if objective == "block-diffusion":
+            assert len({place // BLOCK for place in asked}) == 1
+            assert batch.labels[i, asked].tolist() == [right[place] for place in asked]
+            sees = batch.visible[0, 0, asked[0]].nonzero()[:, 0].tolist()
+            assert max(sees) == asked[0] // BLOCK * BLOCK + BLOCK - 1
+        else:
+            length = LENGTH + len(answer) - 1
+            assert batch.labels[i, len(prompt)] == length
+            alone = batch.tokens[i, len(prompt)] == MASK
+            assert bool((batch.labels[i, len(prompt) + 1 :] == PAD).all()) == bool(alone)
+            assert alone or batch.tokens[i, len(prompt)] == length
+
+
+def test_a_training_run_saves_resumes_and_its_model_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    small = ["--batch", "4", "--hidden", "32", "--layers", "2", "--every", "2", "--output", str(folder)]
+    monkeypatch.setattr(train_tasks, "_POOL", 1)
+    for more in (["--steps", "2"], ["--steps", "4", "--resume"]):
+        monkeypatch.setattr(sys, "argv", ["train_tasks", "block-diffusion", *small, *more])
+        train_tasks.main()
+    card = json.loads((folder / "training.json").read_text())
+    assert card["steps"] in (2, 4) and card["examples"] == 4 * card["steps"] and card["validation_loss"] > 0
+    assert json.loads((folder / "checkpoint" / "progress.json").read_text())[0] == 4
+    lm = decoding.load(str(folder))
+    assert lm.masking is not None and (lm.masking.mask, lm.masking.span) == (MASK, BLOCK)
+    params = decoding.SamplingParams(max_new_tokens=8)
+    assert decoding.generate("add 3 + 4", lm, strategy="block-diffusion", params=params).error is None
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [("causal", "autoregressive"), ("block-diffusion", "block-diffusion"), ("mask-predict", "mask-predict")],
+)
+def test_the_shipped_models_do_what_they_were_trained_for(name: str, strategy: str) -> None:
+    folder = nar_quality.MODELS / name
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 4 * 2**20
+    lm = decoding.load(str(folder))
+    questions = [example for example in islice(examples(10**9, test=True), 60) if example.task in ("date", "digits")]
+    setting, answers = nar_quality.measured(lm, "family", strategy, questions)
+    assert setting.accuracy > 0.5
+    wrong = [Example(q.task, q.prompt, q.answer + "0") for q in questions]
+    assert not any(correct(q, a.text) for q, a in zip(wrong, answers, strict=True))
+    if name != "causal":
+        assert setting.tokens_per_pass > 1
+
+
+def test_masked_models_answer_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(nar_quality.MODELS / "block-diffusion")
+    text = "block-diffusion(policy=entropy(bound=0.2), cache=prefix)"
+    assert main(["generate", "date 3 May 2028", "--model", model, "--strategy", text, "--max-new-tokens", "16"]) == 0
+    assert capsys.readouterr().out.strip() == "2028-05-03"
+    assert main(["generate", "date 3 May 2028", "--model", model]) == 2
+    assert "use block-diffusion or mask-predict" in capsys.readouterr().err
+
+
+def test_the_verdict_weighs_accuracy_and_passes() -> None:
+    def setting(family: str, strategy: str, accuracy: float, passes: float) -> nar_quality.Setting:
+        return nar_quality.Setting("m", family, f"block-diffusion(policy={strategy})", accuracy, {}, passes, 1.0, 0.0)
+
+    slow = setting(nar_quality.ONE, "fixed", 0.9, 12.0)
+    close, far = setting("confidence", "a", 0.895, 3.9), setting("confidence", "b", 0.8, 2.0)
+    assert "reached" in nar_quality.judge([slow, close, far])
+    assert "missed" in nar_quality.judge([slow, setting("confidence", "a", 0.895, 4.1), far])
+    assert "no confidence threshold" in nar_quality.judge([slow, far])
+    harder = setting(nar_quality.ONE_END_LAST, "fixed, eos_last=true", 0.9, 8.0)
+    assert ["reached" in line for line in nar_quality.judge([slow, harder, close]).splitlines()] == [True, False]
+    assert nar_quality.picture([slow, close, far]).count("<circle") == 3 + 2
+
+
+def test_a_chart_is_well_formed_and_has_every_point() -> None:
+    from xml.etree import ElementTree
+
+    random.seed(0)
+    curves = [Curve(f"<{n}>", [(2**i, random.random()) for i in range(n + 1)]) for n in range(3)]
+    root = ElementTree.fromstring(chart("a & b", "x", "y", curves))
+    assert len(root.findall("{http://www.w3.org/2000/svg}polyline")) == 2
+    assert len(root.findall("{http://www.w3.org/2000/svg}circle")) == 1 + 2 + 3 + 3
