@@ -67,6 +67,10 @@ class Runner:
         if weights == "int8":
             round_to_int8(model)
         self.fused = fuse(model, self.cache, weights)
+        if self.fused is None and weights != "float32":
+            logger.warning(
+                "weights are rounded to %s, but read no faster: there is no compiled step for this model.", weights
+            )
         self._linears = FastLinears(model) if self.fused is None else None
         self._check()
 
