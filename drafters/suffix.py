@@ -38,8 +38,7 @@ class Suffix(Drafter):
     match that promises most are taken.
 
     Searches the prompt and answer, and the answers of other requests, ended or under way. So requests teach
-    each other: greedy answers do not depend on that; a sampled answer keeps its distribution, but which
-    one a seed gives depends on what came before.
+    each other; what is guessed decides how soon an answer comes, not what it says.
 
     depth: longest match, in tokens. threshold: guesses go on while the estimated chance that all of them are
     right is at least this. factor: guesses per token of the match, at most. memory: tokens of ended answers

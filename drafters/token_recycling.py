@@ -33,8 +33,8 @@ class TokenRecycling(Drafter):
     """Remembers, for every token, the `width` most likely next tokens when the model last saw it and how likely they
     were, and unfolds these from the last token into a tree, the most likely branches first.
 
-    The table persists as long as the drafter: requests teach each other. Greedy answers do not depend on
-    that, nor do sampled ones.
+    The table persists as long as the drafter: requests teach each other. What is guessed decides how soon an answer
+    comes, not what it says.
 
     nodes: guesses per step and sequence, at most. width: children per node, at most.
     """

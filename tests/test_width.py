@@ -170,6 +170,22 @@ def test_a_drafter_that_is_right_drafts_far_and_one_that_is_wrong_not_at_all() -
     assert spent * 0.97 <= NEW * 1.1, "never below 0.97 times plain decoding"
 
 
+def test_a_drafter_that_is_never_worth_it_is_asked_less_and_less() -> None:
+    width, drafter = Width(DEAR), Oracle({})
+    sequence = Sequence(0, [1], SamplingParams(), AutoregressiveDecoder(), frozenset(), 99, 0.0)
+    asked = []
+    for _ in range(48):
+        (length,) = width.lengths(drafter, [sequence])
+        asked.append(length > 0)
+        width.trim([sequence], [Draft(Block([5])) if length else Draft()])
+    assert all(asked[:16]) and sum(asked[16:]) == 8
+    width.latency = FREE
+    for _ in range(4):
+        (length,) = width.lengths(drafter, [sequence])
+        width.trim([sequence], [Draft(Block([5])) if length else Draft()])
+    assert all(width.lengths(drafter, [sequence])), "as soon as a guess is worth it again, it is asked every time"
+
+
 def test_expectations_come_true_on_average() -> None:
     results, _ = drafted(0.7, Table(1.0, 0.1))
     parts = [speculation(s.trace) for s in results]
@@ -285,7 +301,7 @@ class WithholdsUnlikelyGuesses(SpeculativeDecoder):
 
 class Adaptive(SpeculativeDecoder):
     def __init__(self, drafter: Drafter, length: int) -> None:
-        super().__init__(drafter, Width(Table(1.0, 0.01)))
+        super().__init__(drafter, Width(Table(1.0, 0.001)))
 
 
 def small_draft_model(seed: int) -> DraftModel:
@@ -299,7 +315,7 @@ def small_draft_model(seed: int) -> DraftModel:
     return drafter
 
 
-@pytest.mark.parametrize("costs", [0.0, 0.01])
+@pytest.mark.parametrize("costs", [0.0, 0.001])
 def test_sampled_drafts_keep_the_models_distribution_at_any_width(
     costs: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

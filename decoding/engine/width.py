@@ -39,6 +39,7 @@ _OWN_WEIGHT, _SHARED_WEIGHT = 6.0, 4.0  # of what is known in general, in trials
 _MEMORY = 0.97  # what a sequence saw counts this much less with every further trial
 _PROBES = (8, 64)  # steps without a draft until one is made to see whether it would pay now: at first, at most
 _PROBE_LENGTH = 2
+_RESTS = (16, 4)  # after so many steps in which no guess was worth verifying, ask only in every so-manieth
 _CONTEXTS = 64  # tokens of context between which costs are not told apart
 _NOTHING = (0.0, 0.0)
 _LEFT = -2  # no node: the text has left the draft
@@ -268,6 +269,7 @@ class Width:
     latency: LatencyModel
     calibration: Calibration = field(default_factory=Calibration)
     _waits: dict[int, tuple[int, int]] = field(default_factory=dict)  # steps to the next probe, and the wait after it
+    _idle: dict[int, int] = field(default_factory=dict)  # steps since a guess was last verified
 
     def __post_init__(self) -> None:
         self.latency = Remembered(self.latency)
@@ -277,10 +279,15 @@ class Width:
         rooms = [max(0, min(MOST_LEVELS, sequence.room)) for sequence in sequences]
         context = _context(sequences)
         if drafter.cost(1, len(sequences), context) <= 0:
-            return rooms
+            return [0 if self._rests(sequence.id) else room for sequence, room in zip(sequences, rooms, strict=True)]
         survival = [self.calibration.levels(s.id, room) for s, room in zip(sequences, rooms, strict=True)]
         chosen, _ = lengths(survival, self.latency, drafter, context)
         return [self._probe(s.id, n, room) for s, n, room in zip(sequences, chosen, rooms, strict=True)]
+
+    def _rests(self, sequence: int) -> bool:
+        """Whether to do without a draft: even a cheap one takes some of the host's time."""
+        idle = self._idle.get(sequence, 0)
+        return idle >= _RESTS[0] and idle % _RESTS[1] != 0
 
     def _probe(self, sequence: int, length: int, room: int) -> int:
         """The length, or a short one now and then if there has been none for a while."""
@@ -310,6 +317,7 @@ class Width:
         for whole, sequence, draft, nodes, chances in zip(fixed, sequences, drafts, admitted, survival, strict=True):
             self.calibration.watch(sequence.id, draft)
             kept.append(draft if whole or len(nodes) == len(draft.block) else pruned(draft, nodes))
+            self._idle[sequence.id] = 0 if kept[-1].block else self._idle.get(sequence.id, 0) + 1
             expected.append(1 + sum(chances if whole else (chances[node] for node in nodes)))
         return kept, expected
 
@@ -321,11 +329,13 @@ class Width:
         """The sequence has ended."""
         self.calibration.forget(sequence.id)
         self._waits.pop(sequence.id, None)
+        self._idle.pop(sequence.id, None)
 
     def unlearn(self) -> None:
         """Start afresh."""
         self.calibration.unlearn()
         self._waits.clear()
+        self._idle.clear()
 
 
 def pruned(draft: Draft, nodes: List[int]) -> Draft:
