@@ -48,7 +48,7 @@ class Script(Backend):
         prefill: str = "",
         on_text: OnText | None = None,
     ) -> Generation:
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]  # type: ignore[index, call-overload]
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]  # type: ignore[index]
         self.asked.append((text, params.seed, str(strategy)))
         if text == "too long":
             raise InvalidRequest("the question does not fit.")
@@ -297,7 +297,7 @@ def test_a_pause_shows_in_the_clock(tmp_path: Path) -> None:
 def test_a_move_to_another_environment_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = comparison("a", "b")
     interrupted(made, tmp_path, after=0)
-    here = decoding.comparison.environment  # type: ignore[attr-defined]
+    here = decoding.comparison.environment
     monkeypatch.setattr("decoding.comparison.environment", lambda **names: replace(here(**names), git_commit="f00"))
     execute(made, Script({}), tmp_path, resume=True)
     (notice,) = [notice for notice in summarize(read_run(tmp_path)).notices if "another environment" in notice]
