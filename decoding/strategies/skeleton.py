@@ -6,6 +6,7 @@ points that need others, as in Jin et al. 2025, "Plato: Plan to Efficiently Deco
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -67,8 +68,9 @@ class SkeletonOfThought(Strategy):
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "router", as_router(self.router))
-        needs = self.router.needs  # type: ignore[union-attr]
+        router = as_router(self.router)
+        object.__setattr__(self, "router", router)
+        needs = router.needs
         for stage in ("inner", "outline", "expand"):
             value = getattr(self, stage)
             value = parse(value) if isinstance(value, str) else value
@@ -112,14 +114,15 @@ class SkeletonOfThought(Strategy):
         return max(limits[place] * min(max_new_tokens, total) // total, 1)
 
 
-def _limits(point_tokens: object) -> list[int]:
-    try:
-        if isinstance(point_tokens, str):
+def _limits(point_tokens: int | str | Sequence[int]) -> list[int]:
+    limits: list[int] = []
+    if isinstance(point_tokens, str):
+        with contextlib.suppress(ValueError):
             limits = [int(part) for part in point_tokens.split(",")]
-        else:
-            limits = list(point_tokens) if isinstance(point_tokens, Sequence) else [point_tokens]  # type: ignore[list-item]
-    except ValueError:
-        limits = []
+    elif isinstance(point_tokens, Sequence):
+        limits = list(point_tokens)
+    else:
+        limits = [point_tokens]
     if not limits or not all(isinstance(limit, int) and limit >= 1 for limit in limits):
         raise InvalidRequest(
             f'point_tokens must be one integer of at least 1 or several ("96, 48"), not {point_tokens!r}.'
