@@ -40,6 +40,7 @@ from experiments.jacobi_validation import Text, Validation, base_perplexity, val
 from experiments.trajectories import collect
 
 TRAINED = "trained.safetensors"
+_LONGEST_PROMPT = 384  # tokens; what stands in longer ones costs more to read than the answer teaches
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -280,7 +281,12 @@ def main() -> None:
     )
     if arguments.answers is None:
         distill.collect(distill.parse(arguments), answers, lm)
-    prompts = [d.tokens[: d.prompt].tolist() for d in Corpus(answers, ()).documents[: arguments.sequences]]
+
+    def documents(held_out: bool, count: int) -> list[Document]:
+        found = Corpus(answers, (), held_out=held_out).documents
+        return [d for d in found if d.prompt <= _LONGEST_PROMPT][:count]
+
+    prompts = [d.tokens[: d.prompt].tolist() for d in documents(False, arguments.sequences)]
     trajectories = collect(
         lm,
         prompts,
@@ -290,8 +296,7 @@ def main() -> None:
         schedule=options.schedule,
     )
     del lm
-    held_out = Corpus(answers, (), held_out=True).documents[: options.validation]
-    run = train(loaded, trajectories, held_out, options, arguments.output)
+    run = train(loaded, trajectories, documents(True, options.validation), options, arguments.output)
     print(f"best: {run.best}\nadapter: {arguments.output / 'adapter'}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as List
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from decoding.strategies import Jacobi, parse
 from decoding.strategies.autoregressive import AutoregressiveDecoder
 from decoding.strategies.jacobi import JacobiDecoder
 from decoding.strategies.ngrams import Followers, branches
-from decoding.strategies.worth import Worth
+from decoding.strategies.worth import Reach, Worth
 from decoding.types import SamplingParams
 from tests.refiners import Slope, accepted, prompts, run, violations
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
@@ -169,6 +170,21 @@ def test_what_does_not_pay_is_dropped_and_tried_again_after_a_while() -> None:
             worth.rested()
     assert ran[0] and sum(ran) < 40, "it brings one token for the price of one and a half"
     assert any(ran[100:]), "never tried again"
+
+
+def test_a_block_is_as_long_as_iterating_it_pays() -> None:
+    steep, flat = 1 + 0.2 * np.arange(9), np.ones(9)
+    reach = Reach(0.6, 8)
+    assert reach.width(1 + np.arange(9.0)) == 0 and 0 < reach.width(steep) < reach.width(flat) == 8
+    for _ in range(40):
+        reach.saw(8, 5)
+    assert reach.width(steep) == 5, "five guesses hold, the sixth never does"
+    for _ in range(60):
+        reach.saw(5, 0)
+    assert reach.width(steep) == 0
+    for _ in range(400):
+        reach.saw(0, 0)
+    assert reach.width(steep) > 0, "never tried again"
 
 
 def test_blocks_stay_within_the_room_and_end_exactly() -> None:

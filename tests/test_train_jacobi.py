@@ -194,7 +194,9 @@ def test_the_adapted_model_decodes_beside_the_base_model_and_shares_its_tensors(
         assert (ours[name] is parameter) != touched
     engine = Engine(Runner(variant.model, slots=2, capacity=64))
     assert engine.runner.vocab == lm.engine.runner.vocab
-    nested = decoding.generate("List", lm, strategy=f"skeleton(inner=jacobi(adapter='{adapter}'))", params=params)
+    nested = decoding.generate(
+        "List", lm, strategy=f"skeleton(inner=jacobi(block_size=4, adapter='{adapter}'))", params=params
+    )
     assert nested.error is None and len(lm.variants) == 1
 
 

@@ -26,7 +26,7 @@ from decoding.engine.width import Width
 from decoding.errors import InvalidRequest, UnknownName
 from decoding.strategies.base import TokenStrategy
 from decoding.strategies.ngrams import LONGEST, Followers, branches
-from decoding.strategies.worth import Worth, price_ratio
+from decoding.strategies.worth import Reach, prices
 
 if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
@@ -38,7 +38,7 @@ INITIAL = ("ngrams", "iterate")
 
 _UNMEASURED_BLOCK = 4  # tokens, where nothing is known of what a step costs
 _LARGEST_BLOCK = 16  # tokens, where it is; a trained adapter's block likewise
-_TRAINED = 2.0  # tokens per step that a trained model is believed to bring until it shows otherwise
+_TRAINED = 0.6  # how often a trained model's guess is believed to be right, if those before it are, until it shows
 _CONFIDENCE = (0.15, 0.25, 0.4, 0.6)
 """The first guess at how often a guess is right: an iterate, or what followed a run of 1, 2 or 3 tokens. What comes
 true corrects it, see `engine.width`."""
@@ -125,11 +125,11 @@ class _Iteration:
 
     ends: of the blocks under way, the place behind each. iterate: the model's last answer for places that are not
     fixed. settled: those for which it was the answer before, too. plain_until: places before it are not guessed.
-    wide: the step runs whole blocks.
+    wide: the step runs all places of a block, whatever they are guessed from.
     """
 
     followers: Followers
-    worth: Worth
+    reach: Reach
     ends: list[int] = field(default_factory=list)
     iterate: dict[int, int] = field(default_factory=dict)
     settled: set[int] = field(default_factory=set)
@@ -140,8 +140,8 @@ class _Iteration:
 class JacobiDecoder(Decoder):
     """Iterates blocks of `block_size` tokens; the options are those of `Jacobi`.
 
-    width: chooses how many of the guesses are run; without it, all of them. trained: with `width`, whole blocks are
-    run all the same, for as long as they pay.
+    width: chooses how many of the guesses are run; without it, all of them. trained: with `width`, the block is made as
+    long as iterating it pays, and only where no length does, good guesses are all that is run.
     """
 
     def __init__(
@@ -194,10 +194,7 @@ class JacobiDecoder(Decoder):
             state.iterate = {here + j: answers[j] for j in range(gained, len(answers))}
             if self.width is not None:
                 self.width.learn(sequence, commit.tokens)
-                if state.wide and chain:
-                    state.worth.saw(gained)
-                else:
-                    state.worth.rested()
+                state.reach.saw(len(chain) if state.wide else 0, gained - 1)
         return commits
 
     def forget(self, sequence: Sequence) -> None:
@@ -211,7 +208,9 @@ class JacobiDecoder(Decoder):
 
     def _iteration(self, sequence: Sequence) -> _Iteration:
         if sequence.id not in self._iterations:
-            self._iterations[sequence.id] = _Iteration(Followers(1 + self.candidates), Worth(_TRAINED))
+            self._iterations[sequence.id] = _Iteration(
+                Followers(1 + self.candidates), Reach(_TRAINED, self.block_size * self.blocks)
+            )
         return self._iterations[sequence.id]
 
     def _draft(self, sequence: Sequence, companions: int) -> Draft:
@@ -219,11 +218,12 @@ class JacobiDecoder(Decoder):
         state = self._iteration(sequence)
         state.followers.read(sequence.tokens)
         places = max(0, min(self._places(sequence, state), sequence.room))
-        state.wide = self.width is None or (
-            self.trained
-            and state.worth.mean
-            >= price_ratio(self.width.latency, 1 + places, 1, companions, float(len(sequence.tokens)))
-        )
+        state.wide = self.width is None
+        if self.width is not None and self.trained:
+            most = self.block_size * self.blocks
+            paying = state.reach.width(prices(self.width.latency, most, companions, float(len(sequence.tokens))))
+            state.wide = paying > 0
+            places = min(places, paying) if state.wide else places
         chain, confidence = self._guesses(sequence, state, places)
         others = self._others(sequence, state, chain, places)
         if not others:

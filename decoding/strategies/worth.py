@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 _NEW = 0.1  # weight of the latest step
 _FORGETS = 0.005  # how far a step without it moves the estimate back to the belief: a new trial in some 200 steps
 
@@ -27,6 +29,32 @@ class Worth:
     def rested(self) -> None:
         """A step went without it."""
         self.mean += _FORGETS * (self.belief - self.mean)
+
+
+class Reach:
+    """Fading means of how far a block's guesses held: the chance that its first, first two … guesses are right.
+
+    belief: the chance of each guess, if those before it are right, until something was seen. most: guesses in a block.
+    """
+
+    def __init__(self, belief: float, most: int) -> None:
+        self._belief = belief ** np.arange(1, most + 1)
+        self._mean = self._belief.copy()
+
+    def saw(self, ran: int, right: int) -> None:
+        """Of the `ran` guesses of a step, so many were right before the first wrong one."""
+        self._mean[:ran] += _NEW * ((np.arange(ran) < right) - self._mean[:ran])
+        self._mean[ran:] += _FORGETS * (self._belief[ran:] - self._mean[ran:])
+
+    def width(self, prices: np.ndarray) -> int:
+        """How many guesses make tokens cheapest, by the prices [1 + most] of a step with 0, 1, 2 … of them."""
+        chances = np.minimum.accumulate(self._mean)
+        return int(np.argmax((1 + np.concatenate([[0.0], np.cumsum(chances)])) / prices))
+
+
+def prices(latency: Any, most: int, sequences: int, context: float) -> np.ndarray:
+    """[1 + most] what a step costs with 0, 1, 2 … guesses for each of so many sequences, in any unit."""
+    return np.asarray(latency.cost(np.arange(1, most + 2) * sequences, sequences, context), dtype=float)
 
 
 def price_ratio(latency: Any, wide: int, narrow: int, sequences: int, context: float) -> float:
