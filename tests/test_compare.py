@@ -332,12 +332,13 @@ def test_a_file_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     assert path.read_text() == "my notes"
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_comparison_ends_like_one_left_alone(tmp_path: Path) -> None:
     tiny_model("llama", max_position_embeddings=2048).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     questions = tmp_path / "questions.txt"
     questions.write_text("".join(f"What is {i} + {i}?\n" for i in range(40)))
-    options = ["--suite", str(questions), "--model", str(tmp_path / "model"), "--max-new-tokens", "4", "--kills", "4"]
+    options = ["--suite", str(questions), "--model", str(tmp_path / "model"), "--max-new-tokens", "4", "--kills", "3"]
     done = subprocess.run(
         [sys.executable, "-m", "experiments.kill_resume", *options],
         capture_output=True,
@@ -346,5 +347,5 @@ def test_killed_at_random_moments_a_comparison_ends_like_one_left_alone(tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "killed 4 times" in done.stdout
+    assert "killed 3 times" in done.stdout
     assert "same tokens and text: 120 of 120" in done.stdout
