@@ -232,7 +232,7 @@ def main() -> None:
     held_out = list(islice(batches(fast, options.objective, options.batch, seed=10**6, test=True), 2 * _POOL))
     # Every process, and every resumption, draws examples of its own.
     source = batches(fast, options.objective, options.batch, seed=1 + accelerator.process_index + 1000 * first)
-    began, running = time.perf_counter() - spent, 0.0
+    began, running, shown = time.perf_counter() - spent, 0.0, first
     for step in range(first + 1, options.steps + 1):
         loss = loss_of(model, next(source), accelerator.device)
         accelerator.backward(loss)
@@ -248,11 +248,11 @@ def main() -> None:
             losses = [float(loss_of(plain, batch, accelerator.device)) for batch in held_out]
         validation, spent = sum(losses) / len(losses), time.perf_counter() - began
         accelerator.print(
-            f"step {step}/{options.steps}: training loss {running / options.every:.4f}, validation loss "
+            f"step {step}/{options.steps}: training loss {running / (step - shown):.4f}, validation loss "
             f"{validation:.4f}, {spent:.0f} s",
             flush=True,
         )
-        running = 0.0
+        running, shown = 0.0, step
         if accelerator.is_main_process and validation < best:
             best = validation
             card: dict[str, object] = {
