@@ -27,7 +27,7 @@ from decoding.models import aliases, load_model
 from decoding.questions import load_questions
 from decoding.report.curves import Curve, chart
 
-HERE = Path(__file__).parent
+SCRIPTS_FOLDER = Path(__file__).parent / "elsewhere"  # run in the peers' own environments
 OWN = ("ours", "transformers")  # run in this environment
 
 INSTALL: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -82,9 +82,11 @@ class Peer:
         if self.absent:
             return
         mode = self.name.partition(":")[2]
-        environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])} if self.engine == "ours" else dict(os.environ)
+        environment = (
+            os.environ | {"PYTHONPATH": str(SCRIPTS_FOLDER.parents[2])} if self.engine == "ours" else dict(os.environ)
+        )
         self.process = subprocess.Popen(
-            [python, str(HERE / SCRIPTS[self.engine]), folder, gguf, mode],
+            [python, str(SCRIPTS_FOLDER / SCRIPTS[self.engine]), folder, gguf, mode],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
