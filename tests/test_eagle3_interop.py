@@ -104,9 +104,11 @@ def test_a_head_written_here_loads_there(flag: str, tmp_path: Path) -> None:
     from speculators.models.eagle3 import Eagle3DraftModel
 
     target = tiny_model(**SMALL)
-    write_head(random_head(target, **({flag: True} if flag else {})), tmp_path, dtype=torch.float32)
+    target.save_pretrained(tmp_path / "target")
+    head = random_head(target, **({flag: True} if flag else {}))
+    write_head(head, tmp_path, verifier=str(tmp_path / "target"), dtype=torch.float32)
     config = SpeculatorModelConfig.from_pretrained(tmp_path)
     config.transformer_layer_config._attn_implementation = "eager"
     model = Eagle3DraftModel.from_pretrained(tmp_path, config=config)
-    model.embed_tokens.weight.data = target.get_input_embeddings().weight.detach().clone()
+    assert torch.equal(model.embed_tokens.weight, target.get_input_embeddings().weight)
     compare(model.eval().float(), tmp_path)

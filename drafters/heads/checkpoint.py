@@ -68,8 +68,7 @@ def write_head(
 ) -> None:
     """Write a head in the layout of the `speculators` library.
 
-    verifier: the target as that library and vLLM shall find it, a hub id or folder. Without one they load the
-    head, but the user has to bring embeddings.
+    verifier: the target as that library and vLLM shall find it, a hub id or folder: they take embeddings from there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen3Config
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,12 @@ class Eagle3Head(nn.Module):
         width, eps = config.hidden, config.layer.rms_norm_eps
         fused = len(config.layers) * config.target_hidden
         self.fc = nn.Linear(fused, width, bias=False)
-        self.input_norm = LlamaRMSNorm(fused, eps=eps) if config.norm_before_fc else None
+        self.input_norm = nn.RMSNorm(fused, eps=eps) if config.norm_before_fc else None
         self.fc_norm = (
-            nn.ModuleList(LlamaRMSNorm(config.target_hidden, eps=eps) for _ in config.layers)
-            if config.fc_norm
-            else None
+            nn.ModuleList(nn.RMSNorm(config.target_hidden, eps=eps) for _ in config.layers) if config.fc_norm else None
         )
         self.layers = nn.ModuleList([DraftLayer(config)])
-        self.norm = LlamaRMSNorm(width, eps=eps)
+        self.norm = nn.RMSNorm(width, eps=eps)
         self.lm_head = nn.Linear(width, config.draft_vocab, bias=False)
         self.embed_tokens = nn.Embedding(config.vocab, width) if config.own_embeddings else None
         self.register_buffer("d2t", torch.zeros(config.draft_vocab, dtype=torch.long))
@@ -150,9 +148,9 @@ class DraftLayer(nn.Module):
         self._residual_is_normal = config.norm_before_residual
         self.self_attn = _Projections(config)
         self.mlp = _Mlp(config)
-        self.input_layernorm = LlamaRMSNorm(width, eps=eps)
-        self.hidden_norm = LlamaRMSNorm(width, eps=eps)
-        self.post_attention_layernorm = LlamaRMSNorm(width, eps=eps)
+        self.input_layernorm = nn.RMSNorm(width, eps=eps)
+        self.hidden_norm = nn.RMSNorm(width, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps=eps)
 
     def enter(self, embedding: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Embedding and hidden state [..., hidden] to what attention reads [..., 2 · hidden] and the residual."""
@@ -192,8 +190,8 @@ class _Projections(nn.Module):
         self.v_proj = nn.Linear(2 * width, config.kv_heads * dim, bias=bias)
         self.o_proj = nn.Linear(config.heads * dim, width, bias=bias)
         per_head = isinstance(config.layer, Qwen3Config)
-        self.q_norm = LlamaRMSNorm(dim, eps=config.layer.rms_norm_eps) if per_head else None
-        self.k_norm = LlamaRMSNorm(dim, eps=config.layer.rms_norm_eps) if per_head else None
+        self.q_norm = nn.RMSNorm(dim, eps=config.layer.rms_norm_eps) if per_head else None
+        self.k_norm = nn.RMSNorm(dim, eps=config.layer.rms_norm_eps) if per_head else None
         self._dim = dim
 
     def query(self, joined: Tensor) -> Tensor:
@@ -212,7 +210,7 @@ class Rotation:
     """Rotary position embedding with a table of `positions` rows."""
 
     def __init__(self, config: HeadConfig, positions: int, device: torch.device) -> None:
-        rotary = LlamaRotaryEmbedding(config.layer, device=device)
+        rotary = LlamaRotaryEmbedding(config.layer).to(device)
         cos, sin = rotary(torch.zeros(1, device=device), torch.arange(positions, device=device)[None])
         self._cos, self._sin = cos[0], sin[0]  # [positions, head dim]
 

@@ -84,7 +84,7 @@ class Session:
         if self.runner.capture != self._captured:
             seen = seen[:, :, [self.runner.capture.index(layer) for layer in self._captured]]
         hidden = self.head.fuse(seen.to(self._embeddings.dtype))
-        visible = np.arange(int(places[:, -1].max()) + 1) <= places[:, :, None]  # [S, Q, context]
+        visible = np.arange(int((starts + counts).max())) <= places[:, :, None]  # [S, Q, context]
         out = self._layer(spans, tokens, hidden, places, places, visible, counts)
         last = out[torch.arange(len(spans)), torch.from_numpy(counts - 1)][:, None]  # [S, 1, hidden]
         for sequence, (slot, start, end) in zip(sequences, spans, strict=True):
@@ -98,8 +98,8 @@ class Session:
         """Go on behind K guesses of each sequence, all at the same depth (0 for the first).
 
         tokens: [S, K]. hidden: [S, K, hidden] what the level before put out for their parents. ancestors:
-        [S, K, depth] which guess of each level before, by its place there, every guess descends from. Every level
-        before must have had the same K, except that of depth 0.
+        [S, K, depth] which guess of each level before, by its place there, every guess descends from. K is the same
+        at all depths.
         """
         width = tokens.shape[1]
         spans = [(self._slots[s.id], int(self.cache.lengths[self._slots[s.id]]), 0) for s in sequences]

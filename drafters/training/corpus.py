@@ -25,7 +25,7 @@ from drafters.training.distill import HELD_OUT
 _TOGETHER = 8  # documents per forward pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Document:
     """One answer. tokens: [n] prompt and answer. prompt: tokens of the prompt. shard, start: where it is stored."""
 
