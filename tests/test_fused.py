@@ -36,7 +36,8 @@ def layers_only(monkeypatch: pytest.MonkeyPatch, model: Any, **options: Any) -> 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
 def test_it_computes_what_the_layers_compute(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(kind, **({"sliding_window": None} if kind == "mistral" else {}))
+    wide: dict[str, Any] = {"sliding_window": None} if kind == "mistral" else {}
+    model = tiny_model(kind, **wide)
     ours, theirs = Runner(model, slots=4, capacity=64), layers_only(monkeypatch, model, slots=4, capacity=64)
     assert ours.fused is not None
     rows = [

@@ -105,7 +105,8 @@ class FusedModel:
         config = model.config.get_text_config()
         self._embedding: torch.Tensor = inner.embed_tokens.weight
         self._hidden = int(config.hidden_size)
-        self.vocab = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr]
+        head: Any = model.get_output_embeddings()
+        self.vocab = int(head.weight.shape[0])
         attention = inner.layers[0].self_attn
         size = int(attention.head_dim)
         at = torch.arange(cache.capacity)[None]
@@ -123,7 +124,7 @@ class FusedModel:
             cosine=self._pointer(cosine[0, :, : size // 2]),
             sine=self._pointer(sine[0, :, : size // 2]),
             norm=self._pointer(inner.norm.weight),
-            head=self._matrix(model.get_output_embeddings()),
+            head=self._matrix(head),
         )
         self._layers = (Layer * len(inner.layers))()
         for i, layer in enumerate(inner.layers):
@@ -192,15 +193,14 @@ class FusedModel:
 
 def fits(model: PreTrainedModel, cache: KVCache) -> bool:
     """Whether `fused.cpp` can run this model: its class, and nothing that its layers could do differently."""
-    inner = model.base_model
+    inner: Any = model.base_model
     config = model.config.get_text_config()
     if type(inner).__name__ not in _SHAPES or getattr(config, "hidden_act", "") != "silu":
         return False
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         return False
-    matrices = [
-        m for m in model.modules() if isinstance(getattr(m, "weight", None), torch.Tensor) and m.weight.dim() == 2
-    ]
+    modules: list[Any] = list(model.modules())
+    matrices = [m for m in modules if isinstance(getattr(m, "weight", None), torch.Tensor) and m.weight.dim() == 2]
     if any(type(m) not in (nn.Linear, nn.Embedding) for m in matrices):
         return False
     window = getattr(config, "sliding_window", None)
@@ -209,7 +209,7 @@ def fits(model: PreTrainedModel, cache: KVCache) -> bool:
     rotary: Any = inner.rotary_emb
     if "dynamic" in str(getattr(rotary, "rope_type", "default")) or getattr(rotary, "rope_type", "") == "longrope":
         return False
-    size = inner.layers[0].self_attn.head_dim  # type: ignore[union-attr, index]
+    size = inner.layers[0].self_attn.head_dim
     return bool(rotary.inv_freq.shape[0] * 2 == size)
 
 
