@@ -311,7 +311,7 @@ def test_retry_after_is_honored(server: FaultServer) -> None:
 def test_a_server_that_asks_to_wait_for_long_is_not_waited_for(server: FaultServer) -> None:
     server.script, server.retry_after = fails_first("429"), "3600"
     out = decoding.generate("One?", backend(server))
-    assert out.error is not None and "3600 s" in out.error and out.metrics.seconds < 2
+    assert out.error is not None and "3600 s" in out.error and out.metrics.seconds < 60
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
