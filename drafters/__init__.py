@@ -2,7 +2,9 @@
 
 from drafters.cross_vocabulary import CrossVocabulary
 from drafters.draft_model import DraftModel
+from drafters.eagle3 import Eagle3
 from drafters.layer_skip import LayerSkip
+from drafters.medusa import Medusa
 from drafters.mixed import Mixed
 from drafters.prompt_lookup import PromptLookup
 from drafters.quantised import Quantised
@@ -12,7 +14,9 @@ from drafters.token_recycling import TokenRecycling
 __all__ = [
     "CrossVocabulary",
     "DraftModel",
+    "Eagle3",
     "LayerSkip",
+    "Medusa",
     "Mixed",
     "PromptLookup",
     "Quantised",

@@ -71,12 +71,12 @@ def test_greedy_tokens_equal_plain_decoding(kind: str, together: bool, shape: st
     backend = small_backend(kind)
     write_head(random_head(backend.model), tmp_path)
     decoder = SpeculativeDecoder(recorded(tmp_path, backend, shape), 4)
-    inputs = small_prompts(10)
-    expected = [greedy_reference(backend.model, prompt, 20) for prompt in inputs]
-    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    inputs = small_prompts(8)
+    expected = [greedy_reference(backend.model, prompt, 16) for prompt in inputs]
+    params = SamplingParams(max_new_tokens=16, ignore_eos=True)
     batches = [inputs] if together else [[prompt] for prompt in inputs]
     results = [s for batch in batches for s in run(backend.engine, [(p, decoder) for p in batch], params)]
-    assert [s.error for s in results] == [None] * 10
+    assert [s.error for s in results] == [None] * 8
     assert [s.new_tokens for s in results] == expected
     assert accepted(results) > 0, "no guess was ever accepted, so nothing was tested"
     assert any(s.reused for s in results), "no prefix was ever reused"
@@ -92,7 +92,8 @@ def test_drafts_are_what_the_head_says_of_a_plain_forwards_hidden_states(shape: 
     sequences = run(backend.engine, [(p, SpeculativeDecoder(drafter, 4)) for p in small_prompts(6)], params)
     assert [s.error for s in sequences] == [None] * 6 and any(s.reused for s in sequences)
     embeddings = backend.model.get_input_embeddings().weight
-    for text, length, draft in drafter.log[::3]:
+    asked = [entry for entry in drafter.log if entry[1]]
+    for text, length, draft in asked[::3]:
         with torch.no_grad():
             states = backend.model(torch.tensor([text]), output_hidden_states=True).hidden_states
         features = torch.stack([states[layer][0] for layer in head.config.layers], dim=1)
