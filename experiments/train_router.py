@@ -85,10 +85,10 @@ def fit(features: torch.Tensor, labels: torch.Tensor, penalty: float) -> tuple[t
         logits = inputs @ weight[:-1] + weight[-1]
         value = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
         value = value + penalty * (weight[:-1] ** 2).sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     found = weight.detach()
     return found[:-1] / scale, found[-1] - (found[:-1] / scale * mean).sum()
 
@@ -162,9 +162,10 @@ def main() -> None:
     parser.add_argument("--wrong", action="store_true", help="list the questions that went astray")
     arguments = parser.parse_args()
     lm = decoding.load(arguments.model)
+    router: Router
     if arguments.evaluate:
-        router = Classifier(head=arguments.evaluate) if arguments.evaluate.endswith(".safetensors") else None
-        router = router or as_router(arguments.evaluate)
+        named = arguments.evaluate
+        router = Classifier(head=named) if named.endswith(".safetensors") else as_router(named)
     else:
         depth = int(lm.engine.runner.config.num_hidden_layers)
         head = train(lm, arguments.questions, arguments.layers or [round(depth * part / 30) for part in (16, 18, 20)])

@@ -91,7 +91,7 @@ class Typist(Backend):
         prefill: str = "",
         on_text: OnText | None = None,
     ) -> Generation:
-        asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]  # type: ignore[index, call-overload]
+        asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]  # type: ignore[index]
         self.log.append(f"> {asked[-30:]}")
         text = ""
         for word in self.reply(asked).split(" "):

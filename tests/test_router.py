@@ -18,7 +18,7 @@ from decoding.errors import CapabilityError, InvalidRequest, ModelError
 from decoding.strategies import SkeletonOfThought
 from decoding.strategies.router import Always, Classifier, FunctionRouter, Prompted, as_router
 from decoding.strategies.router.classifier import SHIPPED, Head, HeadCard, question_features
-from decoding.types import Generation, SamplingParams
+from decoding.types import Generation, Message, SamplingParams
 from experiments.train_router import Scores, fit, train
 from tests.dictation import OUTLINED, QUESTION, Typist
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
@@ -57,7 +57,7 @@ def test_a_function_decides_by_the_text_of_the_question(lm: decoding.LocalBacken
         return len(question) < 20
 
     assert is_plain(answer(lm, short)) and not is_plain(answer(lm, short, "Why sleep?"))
-    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why eat?"}]
+    talk: list[Message] = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why eat?"}]
     decoding.generate(talk, lm, strategy=SkeletonOfThought(router=short, outline=OUTLINED), params=PARAMS)
     assert asked == [QUESTION, "Why sleep?", "Why eat?"]
 

@@ -124,7 +124,8 @@ class PointText:
     def finish(self, *, truncated: bool) -> None:
         """There is no more text."""
         if self._head is not None:
-            self._head, rest = None, _without_heading(self._point, self._head)
+            rest = _without_heading(self._point, self._head)
+            self._head = None
             self.feed(rest)
         line = self._line
         if line.strip() and self._belongs(line):

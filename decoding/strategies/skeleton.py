@@ -116,14 +116,13 @@ class SkeletonOfThought(Strategy):
 
 def _limits(point_tokens: int | str | Sequence[int]) -> list[int]:
     limits: list[int] = []
-    if isinstance(point_tokens, str):
-        with contextlib.suppress(ValueError):
-            limits = [int(part) for part in point_tokens.split(",")]
-    elif isinstance(point_tokens, Sequence):
-        limits = list(point_tokens)
-    else:
+    if isinstance(point_tokens, int):
         limits = [point_tokens]
-    if not limits or not all(isinstance(limit, int) and limit >= 1 for limit in limits):
+    else:
+        with contextlib.suppress(ValueError, TypeError):
+            parts: Sequence[str | int] = point_tokens.split(",") if isinstance(point_tokens, str) else point_tokens
+            limits = [int(part) for part in parts]
+    if not limits or min(limits) < 1:
         raise InvalidRequest(
             f'point_tokens must be one integer of at least 1 or several ("96, 48"), not {point_tokens!r}.'
         )
