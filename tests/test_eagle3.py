@@ -18,6 +18,7 @@ import decoding
 from decoding import drafting
 from decoding.backends.local import LocalBackend
 from decoding.drafting import Draft, Drafter
+from decoding.engine.runner import embeddings as embeddings_of
 from decoding.engine.sequence import Sequence
 from decoding.errors import InvalidRequest, ModelError
 from decoding.strategies.autoregressive import AutoregressiveDecoder
@@ -91,7 +92,7 @@ def test_drafts_are_what_the_head_says_of_a_plain_forwards_hidden_states(shape: 
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     sequences = run(backend.engine, [(p, SpeculativeDecoder(drafter, 4)) for p in small_prompts(6)], params)
     assert [s.error for s in sequences] == [None] * 6 and any(s.reused for s in sequences)
-    embeddings = backend.model.get_input_embeddings().weight
+    embeddings = embeddings_of(backend.model)
     asked = [entry for entry in drafter.log if entry[1]]
     for text, length, draft in asked[::3]:
         with torch.no_grad():
@@ -100,7 +101,7 @@ def test_drafts_are_what_the_head_says_of_a_plain_forwards_hidden_states(shape: 
         assert draft.confidence is not None and 0 < len(draft.block) == len(draft.confidence)
         parents = draft.block.parents or range(-1, len(draft.block) - 1)
         paths: list[list[int]] = []
-        scores = []
+        scores: list[float] = []
         for token, parent, confidence in zip(draft.block.tokens, parents, draft.confidence, strict=True):
             above = paths[parent] if parent >= 0 else []
             said = slow_draft(head, embeddings, text, features, above)[-1].softmax(-1)
@@ -180,11 +181,11 @@ def test_sampled_guesses_come_from_the_heads_distribution_with_the_requests_filt
     for text, _, draft in drafter.log:
         if draft.block:
             drawn.setdefault(tuple(text), []).append(draft)
-    text, drafts = max(drawn.items(), key=lambda pair: len(pair[1]))
+    chosen, drafts = max(drawn.items(), key=lambda pair: len(pair[1]))
     with torch.no_grad():
-        states = backend.model(torch.tensor([text]), output_hidden_states=True).hidden_states
+        states = backend.model(torch.tensor([chosen]), output_hidden_states=True).hidden_states
     features = torch.stack([states[layer][0] for layer in head.config.layers], dim=1)
-    logits = slow_draft(head, backend.model.get_input_embeddings().weight, list(text), features, [])[-1] / 0.7
+    logits = slow_draft(head, embeddings_of(backend.model), list(chosen), features, [])[-1] / 0.7
     logits[logits < logits.topk(4).values[-1]] = -torch.inf
     expected = torch.zeros(12)
     expected[head.tokens] = logits.softmax(-1)
@@ -293,7 +294,11 @@ def test_a_damaged_head_is_refused(how: str, says: str, tmp_path: Path) -> None:
 
 def test_a_head_for_another_model_is_refused_and_the_model_serves_on(tmp_path: Path) -> None:
     write_head(random_head(tiny_model(**SMALL)), tmp_path)
-    for options, says in (({"num_hidden_layers": 4}, "4 layers"), ({"vocab_size": 13}, "vocabulary of 13")):
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"num_hidden_layers": 4}, "4 layers"),
+        ({"vocab_size": 13}, "vocabulary of 13"),
+    ]
+    for options, says in cases:
         backend = small_backend(**options)
         with pytest.raises(ModelError, match=says):
             Eagle3(str(tmp_path)).attach(backend)

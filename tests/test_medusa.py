@@ -89,7 +89,7 @@ def test_a_tree_holds_the_likeliest_branches(tmp_path: Path) -> None:
     logits = torch.tensor([[3.0, 2, 1, 0, 0, 0, 0, 0, 0], [1.0, 4, 0, 0, 0, 0, 0, 0, 0]])
     draft = drafter._tree(logits)
     chance = logits.softmax(-1)
-    branches = {(int(heads.tokens[i]),): float(chance[0, i]) for i in range(9)}
+    branches: dict[tuple[int, ...], float] = {(int(heads.tokens[i]),): float(chance[0, i]) for i in range(9)}
     branches |= {
         (int(heads.tokens[i]), int(heads.tokens[k])): float(chance[0, i] * chance[1, k])
         for i in range(9)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from decoding.backends.local import LocalBackend
+from decoding.engine.runner import embeddings as embeddings_of
 from decoding.errors import RecordError
 from decoding.models import LoadedModel
 from drafters.heads.checkpoint import read_head
@@ -118,7 +119,7 @@ def random_head(corpus: Corpus, target: LoadedModel, draft_vocab: int = 100) -> 
 
 
 def unrolled(head: Eagle3Head, target: LoadedModel, steps: int) -> Unrolled:
-    weights = target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight
+    weights = embeddings_of(target.model), target.model.get_output_embeddings().weight
     return Unrolled(head, *weights, steps=steps, decay=0.8, positions=64)
 
 
@@ -130,7 +131,7 @@ def test_unrolling_sees_what_drafting_token_by_token_sees(corpora: tuple[Corpus,
     batch = load_batch(corpus, documents)
     module = unrolled(head, target, steps)
     outcome = module(batch)
-    embeddings = target.model.get_input_embeddings().weight
+    embeddings = embeddings_of(target.model)
     loss = torch.zeros(steps)
     taught = torch.zeros(steps)
     for row, document in enumerate(documents):

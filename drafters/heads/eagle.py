@@ -210,7 +210,7 @@ class Rotation:
     """Rotary position embedding with a table of `positions` rows."""
 
     def __init__(self, config: HeadConfig, positions: int, device: torch.device) -> None:
-        rotary = LlamaRotaryEmbedding(config.layer).to(device)
+        rotary = LlamaRotaryEmbedding(config.layer).to(device)  # type: ignore[arg-type]
         cos, sin = rotary(torch.zeros(1, device=device), torch.arange(positions, device=device)[None])
         self._cos, self._sin = cos[0], sin[0]  # [positions, head dim]
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from decoding.engine.runner import embeddings
 from decoding.errors import RecordError
 from drafters.training.distill import HELD_OUT
 
@@ -128,7 +129,7 @@ def compute_states(model: PreTrainedModel, documents: List[Document], layers: tu
     mask = torch.zeros_like(tokens)
     for i, document in enumerate(documents):
         tokens[i, : len(document)], mask[i, : len(document)] = document.tokens, 1
-    device = model.get_input_embeddings().weight.device
+    device = embeddings(model).device
     out = model.get_decoder()(
         input_ids=tokens.to(device), attention_mask=mask.to(device), output_hidden_states=True, use_cache=False
     )
