@@ -288,20 +288,16 @@ def test_withholding_a_sampled_guess_is_lossless_only_if_decided_before_it_is_dr
     assert distance(lambda before, token: token == int(drafter.next[before].argmax())) > 1e-6
 
 
-class WithholdsUnlikelyGuesses(SpeculativeDecoder):
-    """The negative control: looks at what was drawn."""
+class ByTheText(Width):
+    """Lengths that depend on what was drawn in earlier steps, as learnt ones do."""
 
-    def _propose(self, sequences: List[Sequence], lengths: list[int]) -> list[Draft]:
-        drafts = super()._propose(sequences, lengths)
-        for i, draft in enumerate(drafts):
-            if draft.probabilities is not None and float(draft.probabilities[0, draft.block.tokens[0]]) < 0.28:
-                drafts[i] = Draft()
-        return drafts
+    def lengths(self, drafter: Drafter, sequences: List[Sequence]) -> list[int]:
+        return [max(0, min(s.room, 1 + sum(s.tokens) % 2)) for s in sequences]
 
 
 class Adaptive(SpeculativeDecoder):
     def __init__(self, drafter: Drafter, length: int) -> None:
-        super().__init__(drafter, Width(Table(1.0, 0.001)))
+        super().__init__(drafter, ByTheText(Table(1.0, 0.01)))
 
 
 def small_draft_model(seed: int) -> DraftModel:
@@ -315,11 +311,5 @@ def small_draft_model(seed: int) -> DraftModel:
     return drafter
 
 
-@pytest.mark.parametrize("costs", [0.0, 0.001])
-def test_sampled_drafts_keep_the_models_distribution_at_any_width(
-    costs: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DraftModel, "cost", lambda self, levels, sequences, context: costs * levels)
+def test_sampled_drafts_keep_the_distribution_whatever_the_widths() -> None:
     assert chi_square(*outcomes(small_draft_model(3), Adaptive, 1500)) > 1e-4
-    if costs:
-        assert chi_square(*outcomes(small_draft_model(3), WithholdsUnlikelyGuesses, 1500)) < 1e-6
