@@ -222,8 +222,7 @@ def test_a_head_of_the_whole_vocabulary_needs_no_maps(tmp_path: Path) -> None:
     same_head(head, read_head(tmp_path, 3))
 
 
-@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pytorch_model.bin"])
-def test_safeailabs_layout_is_read(pickled: bool, tmp_path: Path) -> None:
+def test_safeailabs_layout_is_read(tmp_path: Path) -> None:
     head = random_head(tiny_model(num_hidden_layers=6, **SMALL))
     head.config = head.config.__class__(**{**head.config.__dict__, "layers": (2, 3)})
     layer = head.config.layer
@@ -243,10 +242,10 @@ def test_safeailabs_layout_is_read(pickled: bool, tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
     weights = {name.replace("layers.0.", "midlayer."): t.clone() for name, t in head.state_dict().items()}
-    if pickled:
-        torch.save(weights, tmp_path / "pytorch_model.bin")
-    else:
-        save_file(weights, tmp_path / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled"):
+        read_head(tmp_path, 6)
+    save_file(weights, tmp_path / "model.safetensors")
     found = read_head(tmp_path, 6)
     assert found.config.layers == (2, 3)  # a low, a middle and a high one of six, which are two
     same_head(head, found)

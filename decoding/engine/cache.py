@@ -99,13 +99,13 @@ class KVCache:
         common = np.minimum(common // span * span if span else 0 * common, len(tokens) - 1)
         source = int(common.argmax())
         reused = int(common[source])
-        if reused and source in self._free:
+        if reused and source in self._free and 2 * reused >= self.lengths[source]:
             slot = source
-        else:
+        else:  # what the source holds beyond the prefix is worth keeping, too
             # The slot whose contents are worth least: the shortest, then the lowest, so that active
             # slots stay close together.
             slot = min(self._free, key=lambda s: (self.lengths[s] > 0, common[s], s))
-            if reused:
+            if reused and slot != source:
                 self._copy(source, slot, reused)
         self._free.remove(slot)
         self.lengths[slot] = reused

@@ -8,7 +8,6 @@ layer's configuration, calls it `layers.0`, and names the target and the layers.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,19 +120,23 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a head. Pickled ones are read as tensors only, so no code of theirs runs.
+    """All tensors of a head.
 
-    Raises ModelError if there are none, or a file is damaged.
+    Raises ModelError if there are none, if they are pickled (which can run code), or if a file is damaged.
     """
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ModelError(f"{folder} holds no weights: neither .safetensors nor pytorch_model.bin.")
+        if any(folder.glob("*.bin")):
+            raise ModelError(
+                f"the weights in {folder} are pickled, and such files can run code; save them as safetensors "
+                "(safetensors.torch.save_file) and try again."
+            )
+        raise ModelError(f"{folder} holds no .safetensors weights.")
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
-            safe = file.suffix == ".safetensors"
-            weights |= load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-        except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            weights |= load_file(file)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ModelError(
                 f"{file} is damaged or cut short ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
                 "fetch or write it again."
