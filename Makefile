@@ -14,7 +14,7 @@ demo: .venv/.installed
 
 # Two processes of one thread each get through a small model faster than one process of two.
 test: .venv/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=15
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check

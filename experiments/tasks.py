@@ -146,9 +146,7 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 def examples(seed: int, *, test: bool) -> Iterator[Example]:
     """Endless examples, the tasks taking turns; test prompts and training prompts never meet."""
     draw = random.Random(seed)
-    turns = (
-        list(TASKS) if test else [*TASKS, "sort", "translate"]
-    )  # what is learnt slowly comes more often
+    turns = list(TASKS) if test else [*TASKS, "sort", "translate"]  # what is learnt slowly comes more often
     while True:
         for name in turns:
             while True:

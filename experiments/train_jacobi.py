@@ -60,7 +60,7 @@ class Training:
     schedule: str = "gauss-seidel"
     max_new_tokens: int = 96
     rank: int = 32
-    alpha: float = 32.0
+    alpha: int = 32
     epochs: int = 2
     batch: int = 4
     learning_rate: float = 3e-4
@@ -121,7 +121,7 @@ def train(
     torch.manual_seed(options.seed)
     model = _with_lora(loaded.model, options) if options.rank else loaded.model.requires_grad_(True)
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    base: PreTrainedModel = model.get_base_model() if options.rank else model  # type: ignore[operator,assignment]
+    base: PreTrainedModel = model.get_base_model() if options.rank else model  # type: ignore[operator]
     loss = ConsistencyLoss(base, options.answer_weight)
     weights = {name: p for name, p in loss.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from decoding.engine.runner import embeddings
 from drafters.heads.checkpoint import read_head, write_head
 from tests.heads import SMALL, random_head, slow_draft
 from tests.tiny import tiny_model
@@ -112,5 +113,5 @@ def test_a_head_written_here_loads_there(flag: str, tmp_path: Path) -> None:
     model = Eagle3DraftModel.from_pretrained(tmp_path, config=config)
     # The library takes the target's embeddings over where its own hold a NaN, but transformers may leave them holding
     # whatever was in memory.
-    model.embed_tokens.weight.data = target.get_input_embeddings().weight.detach().clone()
+    model.embed_tokens.weight.data = embeddings(target).detach().clone()
     compare(model.eval().float(), tmp_path)

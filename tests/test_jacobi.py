@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_branches_share_what_they_have_in_common() -> None:
 @pytest.mark.parametrize(
     "make", [lambda w: JacobiDecoder(16, width=w), lambda w: JacobiDecoder(16, width=w, trained=True)]
 )
-def test_no_width_is_spent_where_a_guess_costs_a_whole_step(make: type[JacobiDecoder]) -> None:
+def test_no_width_is_spent_where_a_guess_costs_a_whole_step(make: Callable[[Width], JacobiDecoder]) -> None:
     dear = [sum(drafted for drafted, _ in widths(make(Width(Slope(price))))) for price in (2.0, 0.001)]
     assert dear[0] == 0 < dear[1]
 

@@ -199,9 +199,10 @@ def renumbered(model: PreTrainedModel) -> PreTrainedModel:
     """The same model for `bytes_reversed`."""
     other = tiny_model(model.config.model_type)
     order = torch.tensor([*range(255, -1, -1), *range(256, VOCABULARY)])
+    tables: list[Any] = [other.get_input_embeddings(), other.get_output_embeddings()]
     with torch.no_grad():
-        for weights in (other.get_input_embeddings().weight, other.get_output_embeddings().weight):
-            weights.copy_(weights[order].clone())
+        for table in tables:
+            table.weight.copy_(table.weight[order].clone())
     return other
 
 
@@ -220,7 +221,7 @@ def test_a_draft_model_that_differs_in_its_ids_alone_is_always_right(temperature
     for other, right in ((renumbered(model), True), (tiny_model("llama", seed=5), False)):
         drafter = CrossVocabulary(other, tokenizer=bytes_reversed())
         drafter.attach(backend)
-        drafter._translation.to_draft = lambda s: [255 - t if t < 256 else t for t in s.tokens]  # type: ignore[method-assign]
+        drafter._translation.to_draft = lambda s: [255 - t if t < 256 else t for t in s.tokens]  # type: ignore[method-assign, assignment]
         results = run(backend.engine, [(p, SpeculativeDecoder(drafter, 3)) for p in words(4)], params)
         assert [s.error for s in results] == [None] * 4
         wasted = sum(t.drafted - t.accepted for s in results for t in s.trace)
@@ -267,7 +268,8 @@ def test_vocabularies_with_nothing_in_common_are_refused() -> None:
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"漢": 0, "字": 1}, merges=[])))
     with pytest.raises(ModelError, match="method=text"):
         CrossVocabulary(tiny_model("llama", vocab_size=300), tokenizer=other).attach(backend)
-    for options, named in (({"method": "magic"}, "method"), ({}, "tokenizer")):
+    wrong: list[tuple[dict[str, Any], str]] = [({"method": "magic"}, "method"), ({}, "tokenizer")]
+    for options, named in wrong:
         with pytest.raises(InvalidRequest, match=named):
             CrossVocabulary(tiny_model("llama"), **options)
 

@@ -154,7 +154,7 @@ class Bad(Drafter):
         return drafts
 
 
-FAILURES = {
+FAILURES: dict[str, tuple[Draft | Exception, str]] = {
     "an id outside the vocabulary": (Draft(Block([5, VOCABULARY])), "outside the model's vocabulary"),
     "a negative id": (Draft(Block([-1])), "outside the model's vocabulary"),
     "a parent that comes later": (Draft(Block([1, 2], [1, -1])), "does not come before it"),

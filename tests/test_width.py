@@ -253,7 +253,7 @@ def test_the_same_requests_get_the_same_widths() -> None:
 
 def test_the_strategy_measures_where_the_backend_does() -> None:
     backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=1, capacity=64)
-    backend.latency = Table()  # type: ignore[assignment,attr-defined]
+    backend.latency = Table()  # type: ignore[assignment]
     adaptive = Speculative().decoder(backend)
     fixed = Speculative(draft_length=3).decoder(backend)
     assert isinstance(adaptive, SpeculativeDecoder) and isinstance(adaptive.width, Width)
@@ -268,7 +268,7 @@ def withheld(drafts: Drafted, keeps: Any) -> Drafted:
         kept: list[Any] = [()]
         for text in row[1:]:
             before = kept[-1]
-            kept.append(text if before is not None and keeps(before, text[-1]) else None)
+            kept.append(text if before is not None and text and keeps(before, text[-1]) else None)
         texts.append(kept)
     return replace(drafts, texts=texts)
 

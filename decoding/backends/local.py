@@ -33,8 +33,9 @@ class LocalBackend(Backend):
 
     model, tokenizer: the Hugging Face objects; using them directly does not disturb the engine.
     masking: how a masked checkpoint fills in; None for causal ones. engine: the token-level engine.
-    eos: ids that end an answer. slots, capacity, weights, step_tokens: see `Runner` and `Engine`. variants: backends of the same model with other weights, by name, for strategies that need them;
-    variant: the name that this one has among those of another, or "".
+    eos: ids that end an answer. slots, capacity, weights, step_tokens: see `Runner` and `Engine`.
+    variants: backends of the same model with other weights, by name, for strategies that need them; variant: the name
+    that this one has among those of another, or "".
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"text", "prefill", "tokens"})

@@ -331,8 +331,8 @@ class Engine:
 
 @dataclass
 class _Gain:
-    """What a step brought one sequence. moves: (slot, from, to) cache entries of an accepted tree path. sources: who made
-    each accepted guess, offered: how many each made, where the commit says so."""
+    """What a step brought one sequence. moves: (slot, from, to) cache entries of an accepted tree path. sources: who
+    made each accepted guess, offered: how many each made, where the commit says so."""
 
     prefill: bool
     accepted: int = 0

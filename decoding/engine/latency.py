@@ -115,10 +115,15 @@ def measure(runner: Runner) -> LatencyModel:
     cache = runner.cache
     slots = [cache.acquire([0])[0] for _ in range(min(cache.free, 32))]
     try:
-        room = cache.capacity - max(_TOKENS)
+        room = max(cache.capacity - max(_TOKENS), 0)
         fitted = [(n, 1, min(_SHORT, room)) for n in _TOKENS if n < cache.capacity]
         fitted += [(n, 1, min(longer, room)) for n in (1, 8, 32) for longer in (256, 768) if room >= longer]
-        fitted += [(n * len(some), len(some), min(_SHORT, room)) for some in _several(slots) for n in (1, 4)]
+        fitted += [
+            (n * len(some), len(some), min(_SHORT, room))
+            for some in _several(slots)
+            for n in (1, 4)
+            if n < cache.capacity
+        ]
         held_out = [
             kind for kind in _HELD_OUT if kind[1] <= len(slots) and kind[0] // kind[1] + kind[2] < cache.capacity
         ]

@@ -108,7 +108,7 @@ def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     if adapter.fingerprint is not None and not _alike(adapter.fingerprint, fingerprint(model)):
         raise _stranger(adapter, model, "its training started from other weights")
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    twin: PreTrainedModel = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    twin: PreTrainedModel = copy.deepcopy(model, shared)
     modules = dict(twin.named_modules())
     for name, (down, up, scale) in adapter.updates.items():
         module = modules.get(name)

@@ -45,9 +45,7 @@ class MaskPredict(Strategy):
     length: int | None = None
 
     name: ClassVar[str] = "mask-predict"
-    summary: ClassVar[str] = (
-        "fill in several lengths at once, redo the unlikely tokens; masked checkpoints only"
-    )
+    summary: ClassVar[str] = "fill in several lengths at once, redo the unlikely tokens; masked checkpoints only"
     needs: ClassVar[frozenset[str]] = frozenset({"text", "masked"})
 
     def __post_init__(self) -> None:

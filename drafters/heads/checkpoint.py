@@ -131,7 +131,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 f"the weights in {folder} are pickled, and such files can run code; save them as safetensors "
                 "(safetensors.torch.save_file) and try again."
             )
-        raise ModelError(f"{folder} holds no .safetensors weights.")
+        raise ModelError(f"{folder} holds no weights (.safetensors files).")
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
