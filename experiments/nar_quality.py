@@ -20,8 +20,8 @@ from pathlib import Path
 import decoding
 from decoding.backends.local import LocalBackend
 from decoding.report import environment
+from decoding.report.curves import Curve, chart
 from decoding.types import Generation
-from experiments.curves import Curve, chart
 from experiments.tasks import TASKS, Example, correct, examples
 
 MODELS = Path(__file__).parent / "models"

@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("questions", help="a file in Spec-Bench's format, or a suite's name")
     parser.add_argument("--drafters", nargs="+", default=["mixed"], help="drafters, or strategies, in text form")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--weights", default="float32", help="float32 or int8 (%(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -63,7 +64,7 @@ def main() -> None:
         questions = kept
     strategies = [decoding.resolve(BASELINE), *(strategy(text) for text in options.drafters)]
     params = decoding.SamplingParams(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
-    lm = decoding.load(options.model, slots=max(options.batches), capacity=options.capacity)
+    lm = decoding.load(options.model, weights=options.weights, slots=max(options.batches), capacity=options.capacity)
     console = Console()
     for batch in options.batches:
         directory = options.output / f"batch-{batch}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from decoding.backends.local import LocalBackend
+from decoding.calibrate import calibrate
 from decoding.engine import fused
 from decoding.engine.block import Block
 from decoding.engine.latency import LatencyModel, latency_of, measure
 from decoding.engine.packing import Row
 from decoding.engine.precision import int8_rows
 from decoding.engine.runner import Runner
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 needs_compiler = pytest.mark.skipif(fused.find_compiler() is None, reason="there is no C++ compiler here")
 pytestmark = needs_compiler
@@ -184,3 +188,20 @@ def test_the_error_is_that_of_steps_that_were_not_fitted(latency: LatencyModel) 
         ),
     )
     assert twice.error == pytest.approx(0.5)
+
+
+def test_calibration_shows_costs_beside_their_floors(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARALLEL_DECODING_CACHE", str(tmp_path))
+    monkeypatch.setattr("decoding.calibrate._BYTES", 2**20)
+    monkeypatch.setattr("decoding.calibrate._SIDE", 64)
+    backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=4, capacity=128)
+    result = calibrate(backend)
+    assert backend.latency is result.latency  # and widths follow from it
+    model = backend.model.get_output_embeddings()
+    assert model is not None and result.work > model.weight.numel()  # type: ignore[operator, union-attr]
+    assert result.weights == 4 * result.work and result.computing(2) == 2 * result.computing(1) > 0
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(result.table())
+    assert "Predictions of" in console.export_text()
+    result.plot(tmp_path / "cost.svg")
+    assert "operations ÷ peak" in (tmp_path / "cost.svg").read_text()

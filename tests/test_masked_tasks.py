@@ -13,8 +13,8 @@ import torch
 
 import decoding
 from decoding.cli import main
+from decoding.report.curves import Curve, chart
 from experiments import nar_quality, train_tasks
-from experiments.curves import Curve, chart
 from experiments.tasks import (
     EOS,
     LENGTH,

@@ -8,7 +8,7 @@ from math import log2
 from xml.sax.saxutils import escape
 
 _COLORS = ("#3366cc", "#dc3912", "#109618", "#990099", "#0099c6", "#dd8800", "#66aa00", "#b82e2e", "#316395")
-_LEFT, _TOP, _WIDTH, _HEIGHT, _LEGEND = 62, 40, 560, 340, 190
+_LEFT, _TOP, _WIDTH, _HEIGHT = 62, 40, 560, 340
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ def chart(title: str, x_label: str, y_label: str, curves: Sequence[Curve]) -> st
     """The SVG text. x is on a logarithmic scale of base 2 and positive; y runs from its least value to its greatest."""
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
+    legend = 40 + 7 * max(len(curve.label) for curve in curves)
     left, right = log2(min(xs)), max(log2(max(xs)), log2(min(xs)) + 0.1)
     low, high = min(ys), max(max(ys), min(ys) + 1e-9)
 
@@ -32,7 +33,7 @@ def chart(title: str, x_label: str, y_label: str, curves: Sequence[Curve]) -> st
         return _LEFT + 10 + across * (_WIDTH - 20), _TOP + 8 + (1 - (y - low) / (high - low)) * (_HEIGHT - 16)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + _WIDTH + _LEGEND}" height="{_TOP + _HEIGHT + 52}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + _WIDTH + legend}" height="{_TOP + _HEIGHT + 52}" '
         'font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{_LEFT}" y="22" font-size="15">{escape(title)}</text>',

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 Generate = Callable[[list[str], list[list[int]], int], list[int]]
 
@@ -25,10 +26,20 @@ def serve(load: Callable[[str, str, str], Generate]) -> None:
         generate = load(folder, gguf, mode)
         print(json.dumps({"ready": True}), file=out)
         for line in sys.stdin:
-            job = json.loads(line)
-            began = time.perf_counter()
-            counts = generate(job["texts"], job["ids"], job["tokens"])
-            print(json.dumps({"seconds": time.perf_counter() - began, "counts": counts}), file=out)
+            print(json.dumps(_answer(generate, json.loads(line))), file=out)
     except Exception as error:
         traceback.print_exc()
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"[:300]}), file=out)
+        print(json.dumps(_failure(error)), file=out)
+
+
+def _answer(generate: Generate, job: dict[str, Any]) -> dict[str, Any]:
+    began = time.perf_counter()
+    try:
+        counts = generate(job["texts"], job["ids"], job["tokens"])
+    except Exception as error:  # of this batch; the next may be one that the engine can do
+        return _failure(error)
+    return {"seconds": time.perf_counter() - began, "counts": counts}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    return {"error": f"{type(error).__name__}: {error}"[:300]}
