@@ -20,7 +20,7 @@ from decoding.engine.block import Block
 from decoding.engine.latency import LatencyModel, latency_of, measure
 from decoding.engine.packing import Row
 from decoding.engine.precision import int8_rows
-from decoding.engine.runner import Runner
+from decoding.engine.runner import Runner, embeddings
 from tests.tiny import tiny_model, tiny_tokenizer
 
 needs_compiler = pytest.mark.skipif(fused.find_compiler() is None, reason="there is no C++ compiler here")
@@ -197,8 +197,7 @@ def test_calibration_shows_costs_beside_their_floors(tmp_path: Any, monkeypatch:
     backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=4, capacity=128)
     result = calibrate(backend)
     assert backend.latency is result.latency  # and widths follow from it
-    model = backend.model.get_output_embeddings()
-    assert model is not None and result.work > model.weight.numel()  # type: ignore[operator, union-attr]
+    assert result.work > embeddings(backend.model).numel()
     assert result.weights == 4 * result.work and result.computing(2) == 2 * result.computing(1) > 0
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(result.table())
