@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import decoding
-from decoding.drafting import REGISTRY as DRAFTERS
+from decoding import drafting
 from decoding.strategies import REGISTRY as STRATEGIES
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
@@ -21,11 +21,12 @@ def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", max_position_embeddings=2048)
     lm = decoding.LocalBackend(model, tiny_tokenizer(), name="tiny", eos=[EOS], slots=8, capacity=2048)
     monkeypatch.setattr(decoding, "load", lambda *_: lm)
-    strategies, drafters = dict(STRATEGIES), dict(DRAFTERS)
+    registered = drafting.names()  # the shipped ones too: importing them is what registers them, and happens once
+    strategies, drafters = dict(STRATEGIES), dict(registered)
     try:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     finally:
-        for registry, before in ((STRATEGIES, strategies), (DRAFTERS, drafters)):
+        for registry, before in ((STRATEGIES, strategies), (registered, drafters)):
             registry.clear()
             registry.update(before)  # type: ignore[arg-type]
 
