@@ -12,6 +12,9 @@ plain transformers class, and run with the attention it was trained for.
     *ForMaskedLM          the tokenizer's        everything sees everything       i
     any, with `masked`    what the section `masked` of config.json says
 
+An encoder-decoder with the section `masked` (CMLMs; no published kind has a declaration of its own) reads the prompt
+with its encoder, and its decoder fills the answer in.
+
 Not supported: transformers' `diffusion_gemma`. Its decoder attends to keys and values of a separate encoder tower, is
 conditioned on its own last logits, and starts from random tokens where masked models have a mask.
 """
@@ -36,12 +39,14 @@ class Masking:
     mask: id of the mask token. span: how far attention looks ahead, as in `Decoder.span`: 0 everywhere, n to the end
     of each block of n positions. shift: whether the logit of place i - 1 predicts place i, as in causal models, instead
     of its own. lengths: ids of the tokens that announce an answer of 1, 2, 3 … tokens; empty if the model has none.
+    encoder: whether the prompt is read by an encoder, and the decoder sees the answer alone.
     """
 
     mask: int
     span: int
     shift: bool = False
     lengths: tuple[int, ...] = ()
+    encoder: bool = False
 
 
 # The transformers class that a published kind is in shape, by its model_type in lower case.
@@ -80,7 +85,7 @@ def masking_of(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     """
     kind = str(config.get("model_type", "")).lower()
     if "masked" in config:
-        return _from_section(config["masked"], int(config["vocab_size"]))
+        return _from_section(config["masked"], int(config["vocab_size"]), bool(config.get("is_encoder_decoder")))
     encoder = any(str(name).endswith("ForMaskedLM") for name in config.get("architectures") or ())
     if kind not in _SHAPES and not encoder:
         return None
@@ -96,7 +101,7 @@ def masking_of(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     return Masking(mask, span, shift=kind in ("dream", "fast_dllm_qwen"))
 
 
-def _from_section(section: Any, vocabulary: int) -> Masking:
+def _from_section(section: Any, vocabulary: int, encoder: bool) -> Masking:
     """The section `masked` of a config.json: mask_token_id, attention ("bidirectional", or "block-causal" with a
     block_size), shift, length_token_ids."""
     if not isinstance(section, Mapping) or section.get("attention") not in ("bidirectional", "block-causal"):
@@ -113,16 +118,27 @@ def _from_section(section: Any, vocabulary: int) -> Masking:
         span = 0
     elif not isinstance(span, int) or span < 2:
         raise ModelError(f"block-causal attention needs a block_size of at least 2 in config.json, not {span!r}.")
-    return Masking(mask, span, bool(section.get("shift", False)), tuple(section.get("length_token_ids", ())))
+    elif encoder:
+        raise ModelError(
+            "an encoder-decoder fills answers in at once: its attention in config.json is 'bidirectional'."
+        )
+    return Masking(mask, span, bool(section.get("shift", False)), tuple(section.get("length_token_ids", ())), encoder)
 
 
 def read_masked(source: str, config: Mapping[str, Any], **options: Any) -> PreTrainedModel | None:
-    """The model of a published masked kind, or of a masked encoder; None if it loads like any causal model.
+    """The model of a published masked kind, of a masked encoder or encoder-decoder; None if it loads like any causal
+    model.
 
     options: as `from_pretrained` takes them. Code that the checkpoint ships is not run. Raises ModelError if weights
     are missing or do not fit.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
+        PreTrainedModel,
+    )
 
     kind = str(config.get("model_type", "")).lower()
     if kind == "diffusion_gemma":
@@ -150,6 +166,8 @@ def read_masked(source: str, config: Mapping[str, Any], **options: Any) -> PreTr
                     "use an encoder with full attention."
                 )
             loaded = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True, **options)
+        elif config.get("is_encoder_decoder") and "masked" in config:
+            loaded = AutoModelForSeq2SeqLM.from_pretrained(source, output_loading_info=True, **options)
         else:
             return None
     model, report = loaded

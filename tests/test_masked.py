@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    set_seed,
+)
 
 import decoding
 from decoding import BlockDiffusion, LocalBackend, MaskPredict, SamplingParams
@@ -201,27 +210,39 @@ def test_mask_predict_equals_its_paper_written_plainly() -> None:
     lm = LocalBackend(tiny_model("llama"), tiny_tokenizer(), masking=KINDS["bidirectional"], capacity=128)
     strategy = MaskPredict(lengths=3, iterations=3, length=7)
     for prompt, generation in zip(PROMPTS[:3], run(lm, strategy, PROMPTS[:3]), strict=True):
-        best: tuple[float, list[int]] = (-float("inf"), [])
-        for length in (7, 6, 8):
-            tokens = [MASK] * length
-            trust = torch.zeros(length, dtype=torch.double)
-            seen: list[list[int]] = []
-            for iteration in range(1, 4):
-                logits = logits_of(tiny_model("llama"), [*prompt, *tokens], 0)[len(prompt) :].double()
-                logits[:, MASK] = -torch.inf
-                chance, choice = logits.softmax(-1).max(-1)
-                for i in range(length):
-                    if tokens[i] == MASK:
-                        tokens[i], trust[i] = int(choice[i]), chance[i]
-                seen.append(list(tokens))
-                if iteration == 3 or tokens in seen[:-1][-1:]:
-                    break
-                for i in trust.argsort(stable=True)[: max(1, int(length * (1 - iteration / 3)))].tolist():
-                    tokens[i] = MASK
-            best = max(best, (float(trust.log().mean()), tokens))
-        assert generation.tokens == best[1]
+
+        def logits(canvas: list[int], prompt: list[int] = prompt) -> torch.Tensor:
+            return logits_of(tiny_model("llama"), [*prompt, *canvas], 0)[len(prompt) :]
+
+        best = plain_mask_predict(logits, (7, 6, 8), iterations=3)
+        assert generation.tokens == best
         assert set(generation.parts) == {"length 6", "length 7", "length 8"}
-        assert generation.metrics.new_tokens == len(best[1])
+        assert generation.metrics.new_tokens == len(best)
+
+
+def plain_mask_predict(
+    logits: Callable[[list[int]], torch.Tensor], lengths: Sequence[int], iterations: int
+) -> list[int]:
+    """The paper's loop, a length at a time. logits: [places, vocab] for a canvas."""
+    best: tuple[float, list[int]] = (-float("inf"), [])
+    for length in lengths:
+        tokens = [MASK] * length
+        trust = torch.zeros(length, dtype=torch.double)
+        seen: list[list[int]] = []
+        for iteration in range(1, iterations + 1):
+            said = logits(tokens).double()
+            said[:, MASK] = -torch.inf
+            chance, choice = said.softmax(-1).max(-1)
+            for i in range(length):
+                if tokens[i] == MASK:
+                    tokens[i], trust[i] = int(choice[i]), chance[i]
+            seen.append(list(tokens))
+            if iteration == iterations or tokens in seen[:-1][-1:]:
+                break
+            for i in trust.argsort(stable=True)[: max(1, int(length * (1 - iteration / iterations)))].tolist():
+                tokens[i] = MASK
+        best = max(best, (float(trust.log().mean()), tokens))
+    return best[1]
 
 
 def test_mask_predict_asks_the_checkpoint_for_lengths() -> None:
@@ -278,6 +299,71 @@ def _plain_encoder(model: PreTrainedModel, canvas: list[int], start: int) -> lis
             for i in sorted(opened, key=lambda i: -chance[i].item())[:2]:
                 canvas[first + i] = int(choice[i])
     return canvas[start:]
+
+
+def bart() -> BartForConditionalGeneration:
+    set_seed(4)
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=96, init_std=0.3,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).eval()
+
+
+@torch.inference_mode()
+def answer_logits(model: PreTrainedModel, prompt: list[int], canvas: list[int]) -> torch.Tensor:
+    """[places, vocab] from an encoder-decoder run as it is, but for a mask under which all places see each other."""
+    given = [model.config.decoder_start_token_id, *canvas]
+    return model(
+        input_ids=torch.tensor([prompt]),
+        decoder_input_ids=torch.tensor([given]),
+        decoder_attention_mask=torch.zeros(1, 1, len(given), len(given)),
+    ).logits[0, 1:]
+
+
+def test_an_encoder_decoder_fills_in_what_its_encoder_read(tmp_path: Path) -> None:
+    model, lengths = bart(), list(range(200, 212))
+    section = {"attention": "bidirectional", "mask_token_id": MASK, "length_token_ids": lengths}
+    lm = decoding.load(str(save(tmp_path, model, masked=section)), slots=8)
+    assert lm.masking == Masking(MASK, 0, lengths=tuple(lengths), encoder=True)
+    together = run(lm, MaskPredict(lengths=2, iterations=3), PROMPTS)
+    for prompt, generation in zip(PROMPTS, together, strict=True):
+        scores = answer_logits(model, prompt, [MASK])[0, lengths]
+        likeliest = [int(i) + 1 for i in scores.topk(2).indices]
+        assert set(generation.parts) == {"length", *(f"length {n}" for n in likeliest)}
+
+        def logits(canvas: list[int], prompt: list[int] = prompt) -> torch.Tensor:
+            return answer_logits(model, [*prompt, lengths[len(canvas) - 1]], canvas)
+
+        assert generation.tokens == plain_mask_predict(logits, likeliest, iterations=3)
+    (alone,) = run(lm, MaskPredict(lengths=2, iterations=3), PROMPTS[4:5])
+    assert alone.tokens == together[4].tokens
+    swapped = run(lm, MaskPredict(length=6), [PROMPTS[2], PROMPTS[3]])
+    assert swapped[0].tokens != swapped[1].tokens, "the answer does not depend on what the encoder read"
+    whole = run(lm, BlockDiffusion("fixed", block_size=20), PROMPTS[:2], ignore_eos=True)
+    assert [len(g.tokens) for g in whole] == [20, 20]
+
+
+def test_what_an_encoder_decoder_cannot_do_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"attention": "bidirectional", "mask_token_id": MASK}
+    lm = decoding.load(str(save(tmp_path, bart(), masked=section)), slots=2)
+    part = decoding.generate(PROMPTS[0], lm, strategy="block-diffusion(block_size=4)")
+    assert part.error is not None and "as one block" in part.error
+    with pytest.raises(InvalidRequest, match="keeps nothing of its answer"):
+        decoding.generate(PROMPTS[0], lm, strategy="block-diffusion(cache=dual)")
+    blocks = {**section, "attention": "block-causal", "block_size": 4}
+    with pytest.raises(ModelError, match="fills answers in at once"):
+        decoding.load(str(save(tmp_path / "blocks", bart(), masked=blocks)))
+    masking = Masking(MASK, 0, encoder=True)
+    endless = bart()
+    endless.config.decoder_start_token_id = None
+    with pytest.raises(ModelError, match="no token that its decoder starts with"):
+        LocalBackend(endless, tiny_tokenizer(), masking=masking, slots=2)
+    backward = bart()
+    forward = backward.forward
+    monkeypatch.setattr(backward, "forward", lambda **given: forward(**{**given, "decoder_attention_mask": None}))
+    with pytest.raises(ModelError, match="does not take a mask"):
+        LocalBackend(backward, tiny_tokenizer(), masking=masking, slots=2)
 
 
 def test_published_kinds_load_as_what_they_are_in_shape(tmp_path: Path) -> None:

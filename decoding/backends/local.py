@@ -56,7 +56,12 @@ class LocalBackend(Backend):
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or model.config.model_type
-        self.engine = Engine(Runner(model, slots, capacity, weights), step_tokens)
+        kind = Runner
+        if masking is not None and masking.encoder:
+            from decoding.engine.encoder_decoder import EncoderDecoderRunner
+
+            kind = EncoderDecoderRunner
+        self.engine = Engine(kind(model, slots, capacity, weights), step_tokens)
         self.eos = frozenset(eos)
         self.masking = masking
         if masking is not None:  # it fills masks in: what continues a text token by token has no use for it

@@ -121,6 +121,10 @@ class BlockDiffusionDecoder(Decoder):
                 f"a block of {self.block_size} tokens does not fit a sequence of {capacity}; choose a smaller "
                 "block_size or load the model with a larger capacity."
             )
+        if masking.encoder and options.cache != "exact":
+            raise InvalidRequest(
+                f"an encoder-decoder keeps nothing of its answer, so cache={options.cache} is not for it."
+            )
         if options.canvas is not None and masking.span:
             raise InvalidRequest("canvas is for bidirectional checkpoints; this one opens one block after the other.")
         assert isinstance(options.policy, Policy)
@@ -158,6 +162,11 @@ class BlockDiffusionDecoder(Decoder):
             end = sequence.limit
             if self.options.canvas is not None:
                 end = min(max(start + self.options.canvas, stop), end)
+            if self.masking.encoder and stop < sequence.limit:
+                raise InvalidRequest(
+                    "an encoder-decoder fills its answer in as one block: choose a block_size of at least "
+                    "max_new_tokens, or use mask-predict."
+                )
         return _Open(
             start,
             np.full(end - start, self.masking.mask, dtype=np.int64),
