@@ -1,31 +1,44 @@
 """Every exact refiner against plain decoding, token by token, on a real model in float32.
 
-    python -m experiments.refiner_equality [--questions FILE] [--limit 64] [--max-new-tokens 96]
+    python -m experiments.refiner_equality [--questions FILE] [--limit 64] [--max-new-tokens 96] [--minutes 30]
 
 Each refiner answers every question alone and in ragged batches of eight. A token that differs from plain decoding's is
 excused only where the two tokens' logits, recomputed in float64 for that very prefix, lie within 1e-4 of each other.
-Prints one line per refiner, with tokens per forward; exits with 1 if a token differs.
+
+The work is cut into parts, one refiner on eight questions, alone or together. Each is written down when it is done, so
+that the same command goes on where it stopped, by itself after `--minutes` or for another reason. Prints one line per
+refiner and way, with tokens per forward; when no part is left, the result goes to
+`experiments/results/refiner_equality.json`. Exits with 1 if a token differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
+import shlex
+import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 from rich.progress import track
 from transformers import PreTrainedModel
 
 import decoding
+from decoding.errors import RecordError
 from decoding.questions import load_questions
+from decoding.report import environment
 
 REFINERS = (
     "jacobi",
     "jacobi(block_size=8)",
     "jacobi(block_size=8, recycle=false)",
     "jacobi(block_size=8, initial=iterate, recycle=false)",
+    "jacobi(block_size=8, initial=prompt)",
     "jacobi(block_size=8, candidates=3)",
     "jacobi(block_size=16, schedule=gauss-seidel)",
     "jacobi(block_size=16, schedule=hybrid)",
@@ -36,6 +49,16 @@ REFINERS = (
 )
 BATCH = 8
 TIE = 1e-4
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One refiner on one group of questions, answered together or each alone."""
+
+    strategy: str
+    together: bool
+    group: int
 
 
 @dataclass
@@ -61,9 +84,59 @@ class Tally:
         self.tokens += sum(step.committed for step in answer.trace if not step.prefill)
         self.forwards += answer.metrics.forwards
 
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.differing + other.differing,
+            self.ties + other.ties,
+            self.tokens + other.tokens,
+            self.forwards + other.forwards,
+        )
+
     def __str__(self) -> str:
         rate = self.tokens / max(1, self.forwards)
         return f"{self.differing} differing, {self.ties} ties in {self.tokens} tokens, {rate:.2f} tokens per forward"
+
+
+class Record:
+    """What is done: plain decoding's answers by group of questions, and a tally of every finished part.
+
+    file: JSON lines, of which the first says what was asked. Raises RecordError if that was something else.
+    """
+
+    def __init__(self, file: Path, asked: dict[str, str | int]) -> None:
+        self.file = file
+        self.plain: dict[int, list[list[int]]] = {}
+        self.tallies: dict[Part, Tally] = {}
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._append(asked)
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if lines[0] != asked:
+            raise RecordError(f"{file} holds answers to something else ({lines[0]}); give another --output.")
+        for line in lines[1:]:
+            if "plain" in line:
+                self.plain[line["group"]] = line["plain"]
+            else:
+                self.tallies[Part(**line["part"])] = Tally(**line["tally"])
+
+    def answered(self, group: int, plain: list[list[int]]) -> None:
+        """Keep plain decoding's answers to a group."""
+        self.plain[group] = plain
+        self._append({"group": group, "plain": plain})
+
+    def done(self, part: Part, tally: Tally) -> None:
+        """Keep the tally of a part."""
+        self.tallies[part] = tally
+        self._append({"part": asdict(part), "tally": asdict(tally)})
+
+    def total(self, strategy: str, together: bool) -> Tally:
+        """Of all finished parts of a refiner."""
+        mine = [tally for part, tally in self.tallies.items() if (part.strategy, part.together) == (strategy, together)]
+        return sum(mine, Tally())
+
+    def _append(self, line: object) -> None:
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
 
 
 _precise: dict[int, PreTrainedModel] = {}
@@ -78,6 +151,19 @@ def is_tie(model: PreTrainedModel, prefix: Sequence[int], one: int, other: int) 
     return bool(logits.max() - torch.minimum(logits[one], logits[other]) < TIE)
 
 
+def run(lm: decoding.LocalBackend, part: Part, prompts: list[list[int]], plain: list[list[int]], tokens: int) -> Tally:
+    """Answer a part's questions and compare; nothing is reused from earlier answers."""
+    strategy, params = decoding.resolve(part.strategy), decoding.SamplingParams(max_new_tokens=tokens)
+    answers: list[decoding.Generation] = []
+    for asked in [prompts] if part.together else [[prompt] for prompt in prompts]:
+        lm.forget()
+        answers += decoding.generate([*asked], lm, strategy=strategy, params=params)
+    tally = Tally()
+    for prompt, expected, answer in zip(prompts, plain, answers, strict=True):
+        tally.add(lm, prompt, expected, answer)
+    return tally
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,30 +172,64 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--strategies", nargs="+", default=list(REFINERS), metavar="STRATEGY")
+    parser.add_argument("--minutes", type=float, help="stop after the part during which they have passed")
+    parser.add_argument("--output", type=Path, default=Path("runs/refiner-equality"), help="folder of finished parts")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the result goes")
     options = parser.parse_args()
+    for strategy in map(decoding.resolve, options.strategies):
+        if not strategy.lossless:
+            raise SystemExit(f"{strategy} does not claim plain decoding's tokens; there is nothing to compare.")
+    began = time.perf_counter()
     lm = decoding.load(options.model, dtype="float32", slots=BATCH, capacity=2048)
     params = decoding.SamplingParams(max_new_tokens=options.max_new_tokens)
     questions = load_questions(options.questions, limit=options.limit)
     prompts = [lm.encode(q.turns[0])[: lm.engine.cache.capacity - options.max_new_tokens] for q in questions]
-    plain = [decoding.generate(prompt, lm, params=params).tokens for prompt in track(prompts, "plain decoding")]
-    failed = 0
-    for text in options.strategies:
-        strategy = decoding.resolve(text)
-        if not strategy.lossless:
-            raise SystemExit(f"{strategy} does not claim plain decoding's tokens; there is nothing to compare.")
-        alone, batched = Tally(), Tally()
-        for prompt, tokens in zip(track(prompts, text), plain, strict=True):
-            lm.forget()
-            alone.add(lm, prompt, tokens, decoding.generate(prompt, lm, strategy=strategy, params=params))
-        for at in range(0, len(prompts), BATCH):
-            lm.forget()
-            batch = prompts[at : at + BATCH]
-            answers = decoding.generate([*batch], lm, strategy=strategy, params=params)
-            for prompt, tokens, answer in zip(batch, plain[at : at + BATCH], answers, strict=True):
-                batched.add(lm, prompt, tokens, answer)
-        print(f"{text}\n  alone: {alone}\n  batch: {batched}", flush=True)
-        failed += alone.differing + batched.differing
-    return int(failed > 0)
+    groups = [prompts[at : at + BATCH] for at in range(0, len(prompts), BATCH)]
+    asked = {key: getattr(options, key) for key in ("model", "questions", "limit", "max_new_tokens")}
+    record = Record(options.output / "parts.jsonl", asked)
+    parts = [Part(s, t, g) for s in options.strategies for t in (False, True) for g in range(len(groups))]
+    left = [part for part in parts if part not in record.tallies]
+    for part in track(left, f"{len(left)} of {len(parts)} parts"):
+        if part.group not in record.plain:
+            alone = [decoding.generate(prompt, lm, params=params).tokens for prompt in groups[part.group]]
+            record.answered(part.group, alone)
+        tokens = options.max_new_tokens
+        record.done(part, run(lm, part, groups[part.group], record.plain[part.group], tokens))
+        if options.minutes is not None and time.perf_counter() - began > 60 * options.minutes:
+            break
+    return report(record, parts, lm, options)
+
+
+def report(record: Record, parts: list[Part], lm: decoding.LocalBackend, options: argparse.Namespace) -> int:
+    """Print what was found so far; if that is all, write it down. Returns how to exit."""
+    found = {
+        strategy: {"alone": record.total(strategy, False), "batch": record.total(strategy, True)}
+        for strategy in options.strategies
+    }
+    for strategy, ways in found.items():
+        print(strategy, *(f"  {way}: {tally}" for way, tally in ways.items()), sep="\n")
+    every = sum((tally for ways in found.values() for tally in ways.values()), Tally())
+    left = sum(part not in record.tallies for part in parts)
+    if left:
+        print(f"{left} of {len(parts)} parts are left; the same command goes on.")
+        return int(every.differing > 0)
+    result = {
+        "claim": "every exact refiner gives plain decoding's tokens, alone and in ragged batches",
+        "source": "this project's promise",
+        "measured": f"{every.differing} of {every.tokens:,} tokens differ, {every.ties} true ties; {len(found)} "
+        f"refiners, {options.limit} questions, each alone and in batches of {BATCH}",
+        "verdict": "does not hold" if every.differing else "holds",
+        "command": shlex.join(["python", "-m", "experiments.refiner_equality", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "model": lm.name,
+        "figures": {s: {way: asdict(tally) for way, tally in ways.items()} for s, ways in found.items()},
+        "environment": asdict(environment(device=str(lm.device), dtype="float32")),
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / "refiner_equality.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    print(f"{result['measured']}\nwritten: {path}")
+    return int(every.differing > 0)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ DECODERS = {
     "sliding": lambda: JacobiDecoder(6),
     "text n-grams": lambda: JacobiDecoder(6, recycle=False),
     "iterate": lambda: JacobiDecoder(6, initial="iterate"),
+    "prompt": lambda: JacobiDecoder(6, initial="prompt", candidates=2),
     "branches": lambda: JacobiDecoder(6, candidates=3),
     "gauss-seidel": lambda: JacobiDecoder(8, schedule="gauss-seidel"),
     "hybrid": lambda: JacobiDecoder(8, schedule="hybrid", recycle=False, initial="iterate"),
@@ -129,6 +130,14 @@ def test_guesses_continue_the_longest_run_seen_before() -> None:
     assert followers.find([5]) == ([], 0)
 
 
+def test_a_first_guess_may_be_the_prompt() -> None:
+    here, decoder, prompt = engine(slots=1), JacobiDecoder(6, initial="prompt"), list(range(5, 14))
+    sequence = here.submit(prompt, PARAMS, decoder)
+    here.step()
+    at = len(sequence.tokens)
+    assert list(decoder.plan([sequence])[0].tokens) == [prompt[(at + i) % len(prompt)] for i in range(5)]
+
+
 def test_recycled_ngrams_hold_answers_to_rejected_guesses() -> None:
     model, here = tiny_model(), engine(slots=1)
     decoder = JacobiDecoder(4)
@@ -208,6 +217,7 @@ def test_the_strategies_decode_through_the_public_interface() -> None:
     for strategy in (
         Jacobi(block_size=4),
         Jacobi(block_size=4, initial="iterate", recycle=False),
+        Jacobi(initial="prompt"),
         Jacobi(block_size=8, schedule="gauss-seidel", blocks=2, candidates=2),
         Jacobi(),
     ):

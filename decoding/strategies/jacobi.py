@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from decoding.engine.sequence import Sequence
 
 SCHEDULES = ("sliding", "gauss-seidel", "hybrid")
-INITIAL = ("ngrams", "iterate")
+INITIAL = ("ngrams", "iterate", "prompt")
 
 _UNMEASURED_BLOCK = 4  # tokens, where nothing is known of what a step costs
 _LARGEST_BLOCK = 16  # tokens, where it is; a trained adapter's block likewise
@@ -56,8 +56,9 @@ class Jacobi(TokenStrategy):
         its iterate holds an end of the answer, behind which nothing is worth iterating.
     blocks: how many blocks may be iterated at once. A further one starts when half of the one before it is settled;
         it is guesswork until everything before it is fixed. Not for the sliding schedule, which has one block.
-    initial: what a place is guessed from first: "ngrams", what came last after the tokens before it, or "iterate",
-        the model's answer in the last step. None takes n-grams, or the iterate for a trained adapter.
+    initial: what a place is guessed from first: "ngrams", what came last after the tokens before it; "iterate", the
+        model's answer in the last step, and n-grams where there is none; "prompt", likewise, and tokens of the prompt
+        where there is none, as consistency LLMs begin. None takes n-grams, or the iterate for a trained adapter.
     recycle: the n-grams are those of the text and of all iterates, rejected ones included; false: of the text.
     candidates: n-grams that are verified beside the block, as branches.
     adapter: a LoRA adapter trained for this (`experiments/train_jacobi.py`): the name of one that comes with the
@@ -253,12 +254,15 @@ class JacobiDecoder(Decoder):
         text, confidence = list(sequence.tokens), []
         for place in range(len(text), len(text) + places):
             iterate = state.iterate.get(place)
-            found, length = state.followers.find(text)
+            found, length = ([], 0) if self.initial == "prompt" else state.followers.find(text)
             if found and not (self.initial == "iterate" and iterate is not None):
                 text.append(found[0])
                 confidence.append(_CONFIDENCE[length])
             elif iterate is not None:
                 text.append(iterate)
+                confidence.append(_CONFIDENCE[0])
+            elif self.initial == "prompt":
+                text.append(sequence.prompt[place % len(sequence.prompt)])
                 confidence.append(_CONFIDENCE[0])
             elif state.wide:
                 # An empty place gets a token from as far back as the block is long: any guess is allowed, and recent
