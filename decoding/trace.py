@@ -93,6 +93,7 @@ class Metrics:
     acceptance_length: tokens committed per pass after prefill and sequence, bonus token included
         (Spec-Bench's convention); plain decoding has 1.
     drafted, accepted: guesses checked and confirmed; drafted − accepted were wasted.
+    revised: tokens that masked refinement changed or masked again.
     plan_seconds, forward_seconds, commit_seconds: parts of the steps this generation took part in.
     """
 
@@ -111,6 +112,7 @@ class Metrics:
     plan_seconds: float = 0.0
     forward_seconds: float = 0.0
     commit_seconds: float = 0.0
+    revised: int = 0
 
 
 def measure(trace: Iterable[Step], *, seconds: float, prompt_tokens: int) -> Metrics:
@@ -141,6 +143,7 @@ def measure(trace: Iterable[Step], *, seconds: float, prompt_tokens: int) -> Met
         plan_seconds=sum(s.plan for s in passes),
         forward_seconds=sum(s.forward for s in passes),
         commit_seconds=sum(s.commit for s in passes),
+        revised=sum(s.revised for s in trace),
     )
 
 

@@ -16,6 +16,8 @@ from decoding.report.film import print_film, shoot, write_film
 from decoding.report.fixed_point import branches, fixed_point, stationary_places
 from decoding.report.records import trace_from_json, trace_to_json
 from decoding.trace import Frame, Step
+from experiments.nar_quality import MODELS
+from tests.chromium import Chromium, find_chromium
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 PARAMS = decoding.SamplingParams(max_new_tokens=24, ignore_eos=True)
@@ -94,6 +96,55 @@ def test_a_film_is_shown_in_the_terminal_and_as_a_page(
         states = {place.state for reel in film.reels for shot in reel.iterations for b in shot.branches for place in b}
         assert {"fixed", "wrong"} <= states
         assert any(place.changed for reel in film.reels for s in reel.iterations for b in s.branches for place in b)
+
+
+@pytest.fixture(scope="module")
+def filler() -> decoding.LocalBackend:
+    """A masked model that has learnt something, so that a film shows more than noise."""
+    return decoding.load(str(MODELS / "block-diffusion"), slots=4)
+
+
+def test_masks_are_told_from_wrong_guesses_and_filling_them_from_revising(filler: decoding.LocalBackend) -> None:
+    film = shoot("date 3 May 2028", filler, strategy="block-diffusion(policy=fixed(count=3))")
+    blocks = [shot.branches[0] for shot in film.reels[0].iterations]
+    masks = [sum(place.state == "open" for place in block) for block in blocks]
+    assert masks == sorted(masks, reverse=True) and masks[0] == len(blocks[0]) and masks[-1] < masks[0]
+    assert film.statistics.revised_per_iteration == 0
+    shown = StringIO()
+    print_film(film, Console(file=shown, width=200))
+    assert shown.getvalue().splitlines()[0].count("▒") == masks[0]
+    doubting = "block-diffusion(policy=remask(base=fixed(count=8), share=0.5))"
+    revised = shoot("date 3 May 2028", filler, strategy=doubting)
+    assert revised.generation.metrics.revised > 0
+    passes = revised.statistics.iterations
+    assert revised.statistics.revised_per_iteration == pytest.approx(revised.generation.metrics.revised / passes)
+
+
+BROWSER = find_chromium()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_a_page_fits_narrow_and_wide_windows(
+    lm: decoding.LocalBackend, filler: decoding.LocalBackend, tmp_path: Path
+) -> None:
+    assert BROWSER is not None
+    tree = shoot("la " * 30, lm, strategy="jacobi(block_size=12, candidates=3)", params=PARAMS)
+    films = {"tree": tree, "masks": shoot("date 3 May 2028", filler, strategy="block-diffusion(policy=fixed)")}
+    with Chromium(BROWSER) as browser:
+        for name, film in films.items():
+            page = write_film(film, tmp_path / f"{name}.html")
+            for width in (400, 1600):
+                browser.show(width=width)
+                browser.open(page)
+                assert browser.evaluate("document.documentElement.scrollWidth") <= width
+                narrowest = browser.evaluate(
+                    "Math.min(...[...document.querySelectorAll('.branch')].map(b => b.getBoundingClientRect().width))"
+                )
+                assert narrowest > 0.6 * min(width, 1216), "the block has hardly any room"
+            last = browser.evaluate("document.getElementById('shown').textContent")
+            assert last == f"{len(film.reels[0].iterations)} of {len(film.reels[0].iterations)}"
+            assert ("still masked" in browser.evaluate("document.body.textContent")) == (name == "masks")
+        assert browser.errors == []
 
 
 def test_what_cannot_be_filmed_or_written_is_said(lm: decoding.LocalBackend, tmp_path: Path) -> None:

@@ -77,6 +77,11 @@ DEFINITIONS: Mapping[str, Definition] = {
         "Σ tokens after prefill ÷ Σ (forwards × sequences in them)",
         "Tokens that one sequence gains per pass, bonus token included; plain decoding has 1.",
     ),
+    "revised": Definition(
+        "revised",
+        "mean over questions of the tokens changed or masked again",
+        "Masked refinement alone may take back what it has written; guesses of other strategies are no text yet.",
+    ),
     "position": Definition(
         "confirmed at position j",
         "blocks whose first j guesses were all confirmed ÷ blocks that guessed at least j",

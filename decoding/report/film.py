@@ -32,12 +32,13 @@ from decoding.types import Generation, Prompt, SamplingParams
 
 _TAIL = 10  # tokens of the text before the block that a line shows
 _LINES = 6  # branches of a tree that the terminal shows
+_STYLES = {"fixed": "bold green", "stationary": "blue", "wrong": "red", "open": "dim"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """One guess. state: "fixed" (right, as all before it), "stationary" (right, behind a wrong one) or "wrong".
-    changed: it was another token in the iteration before."""
+    """One guess. state: "fixed" (right, as all before it), "stationary" (right, behind a wrong one), "wrong", or "open"
+    (a mask). changed: it was another token in the iteration before."""
 
     text: str
     state: str
@@ -99,8 +100,8 @@ def shoot(
 
 
 def print_film(film: Film, console: Console | None = None) -> None:
-    """One line per iteration: the text's end, then the block. Right guesses are green, those behind a wrong one blue;
-    what changed since the last iteration is underlined."""
+    """One line per iteration: the text's end, then the block. Right guesses are green, those behind a wrong one blue,
+    wrong ones red and masks grey; what changed since the last iteration is underlined."""
     console = console or Console()
     for reel in film.reels:
         if reel.label:
@@ -111,7 +112,7 @@ def print_film(film: Film, console: Console | None = None) -> None:
                 text = Text(f"{shot.number:>4} " if not line else " " * 5, style="dim")
                 text.append("".join(map(_visible, shot.before)) + "│", style="dim")
                 for place in branch:
-                    style = {"fixed": "bold green", "stationary": "blue", "wrong": "red"}[place.state]
+                    style = _STYLES[place.state]
                     text.append(_visible(place.text), style=f"{style} underline" if place.changed else style)
                 if not line:
                     text.append(f"  +{len(shot.gained)}", style="dim")
@@ -152,6 +153,7 @@ def write_film(film: Film, path: str | os.PathLike[str]) -> Path:
         visible=_visible,
         style=Markup((folder / "film.css").read_text(encoding="utf-8")),
         script=Markup(script),
+        masks=any(p.state == "open" for r in film.reels for i in r.iterations for b in i.branches for p in b),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     target = Path(path)
@@ -201,20 +203,20 @@ def _places(path: list[int], at: int, text: list[int], last: dict[int, set[int]]
     stationary = stationary_places(path, text[at:])
     for place, token in enumerate(path):
         right = at + place < len(text) and text[at + place] == token
-        state = "stationary" if stationary[place] else "fixed" if right else "wrong"
+        state = "open" if token == pieces.mask else "stationary" if stationary[place] else "fixed" if right else "wrong"
         places.append(Place(pieces.of(token), state, token not in last.get(at + place, {token})))
     return places
 
 
 class _Pieces:
-    """The text of single tokens; a mask is a shaded box."""
+    """The text of single tokens. mask: the one that is shown as a shaded box, if the model has masks."""
 
     def __init__(self, lm: LocalBackend) -> None:
         self._tokenizer = lm.tokenizer
         self._known: dict[int, str] = {}
-        mask = getattr(lm.tokenizer, "mask_token_id", None)
-        if mask is not None:
-            self._known[mask] = "▒"
+        self.mask = None if lm.masking is None else lm.masking.mask
+        if self.mask is not None:
+            self._known[self.mask] = "▒"
 
     def of(self, token: int) -> str:
         if token not in self._known:

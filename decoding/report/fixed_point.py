@@ -21,7 +21,8 @@ class FixedPoint:
     fixed_per_iteration: tokens that became text in a pass.
     stationary_per_iteration: guesses that were right in the end though a wrong one stood before them (stationary
     tokens, Kou et al. 2024). Every pass that sees one counts it.
-    revised_per_iteration: guesses that were another token in the pass before.
+    revised_per_iteration: guesses that were another token in the pass before; of masked refinement, tokens that were
+    changed or masked again.
     """
 
     iterations: int
@@ -35,6 +36,7 @@ class FixedPoint:
 
 def fixed_point(trace: Iterable[Step]) -> FixedPoint:
     """The statistics of a trace with frames; of a trace without any, all zero."""
+    trace = list(trace)
     iterations = blocks = tokens = fixed = stationary = revised = 0
     for frames in reels(trace).values():
         text = final_text(frames)
@@ -53,6 +55,8 @@ def fixed_point(trace: Iterable[Step]) -> FixedPoint:
             places = dict(enumerate(guesses, start=frame.at))
             revised += sum(last.get(place, token) != token for place, token in places.items())
             last = places
+    if any(step.written for step in trace):  # a mask that is filled in was no guess
+        revised = sum(step.revised for step in trace)
     mean = max(1, iterations)
     return FixedPoint(
         iterations=iterations,

@@ -94,6 +94,7 @@ class StrategySummary:
     first_token_seconds: float
     tokens: float
     forwards: float
+    revised: float
     seconds_per_token: float
     acceptance: Acceptance
     step_costs: tuple[StepCost, ...]
@@ -220,6 +221,7 @@ def _strategy(
         first_token_seconds=_average(_means(answers, lambda r: r.metrics.first_token_seconds)),
         tokens=_average(tokens),
         forwards=_average(_means(answers, lambda r: r.metrics.forwards)),
+        revised=_average(_means(answers, lambda r: r.metrics.revised)),
         seconds_per_token=float(statistics.ratio_of_sums(seconds, tokens)),
         acceptance=acceptance(good),
         step_costs=step_costs(good),

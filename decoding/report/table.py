@@ -117,6 +117,7 @@ COLUMNS: tuple[Column, ...] = (
         lambda r: number(_positive(r.acceptance.length)),
         lambda r: _positive(r.acceptance.length),
     ),
+    Column("revised", "revised", 7, lambda r: number(_positive(r.revised), 1), lambda r: _positive(r.revised)),
     Column(
         "identical",
         "same as plain",
