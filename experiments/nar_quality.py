@@ -3,15 +3,17 @@
     python -m experiments.nar_quality [--questions 300] [--output runs/nar-quality]
 
 The models are the shipped ones of `experiments.train_tasks`, the questions test examples of `experiments.tasks`, whose
-answers are exact. Written are `results.json` (every setting, by task) and `accuracy.svg`. Passes are all forward passes
-an answer took part in, the reading of its prompt included, on average over the answers: the causal model needs one for
-every token and one for the end. Caches that approximate are compared with the exact one, answer by answer.
+answers are exact. Written are `results.json` (every setting, by task), `accuracy.svg` and, where there is a `README.md`
+with a place for them, its figures. Passes are all forward passes an answer took part in, the reading of its prompt
+included, on average over the answers: the causal model needs one for every token and one for the end. Caches that
+approximate are compared with the exact one, answer by answer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -25,6 +27,7 @@ from decoding.types import Generation
 from experiments.tasks import TASKS, Example, correct, examples
 
 MODELS = Path(__file__).parent / "models"
+BEGIN, END = "<!-- figures: written by python -m experiments.nar_quality -->", "<!-- end of figures -->"
 
 ONE, ONE_END_LAST = "one token per pass", "one token per pass, end last"
 POLICIES: dict[str, Sequence[str]] = {
@@ -33,10 +36,16 @@ POLICIES: dict[str, Sequence[str]] = {
     "factor": [f"factor(factor={f})" for f in (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)],
     "entropy": [f"entropy(bound={b})" for b in (0.01, 0.05, 0.1, 0.3, 1.0, 3.0)],
     "margin": [f"margin(threshold={t})" for t in (0.98, 0.9, 0.8, 0.6, 0.3)],
-    "klass": [f"klass(confidence={c}, divergence={d})" for c, d in ((0.9, 0.001), (0.9, 0.01), (0.6, 0.1), (0.5, 1.0))],
+    "klass": [
+        *(f"klass(confidence={c}, divergence={d})" for c, d in ((0.9, 0.001), (0.9, 0.01), (0.6, 0.1), (0.5, 1.0))),
+        "klass(history=2)",
+    ],
     "remask": [f"remask(base=confidence(threshold={t}))" for t in (0.95, 0.9, 0.7, 0.5)],
     "edit": [f"edit(base=confidence(threshold={t}))" for t in (0.95, 0.9, 0.7, 0.5)],
 }
+
+_BY_TASK = ("block-diffusion(policy=confidence(threshold=0.9))", "mask-predict(lengths=3, iterations=4)")
+"""Settings whose tasks the page tells apart, beside plain decoding and one token per pass."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Setting:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder of the three models (%(default)s)")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder of the three models (the shipped ones)")
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--seed", type=int, default=10**9)
     parser.add_argument("--output", type=Path, default=Path("runs/nar-quality"))
@@ -110,6 +119,10 @@ def main() -> None:
     }
     (options.output / "results.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     (options.output / "accuracy.svg").write_text(picture(settings))
+    readme = options.output / "README.md"
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        readme.write_text(rewritten(text, page(options.models, settings, options.questions)), encoding="utf-8")
 
 
 def measured(
@@ -168,6 +181,50 @@ def judge(settings: Sequence[Setting]) -> str:
             f"{line}{best.strategy}: {best.accuracy:.1%} in {best.passes:.2f}, {share:.2f} of them, a third {verdict}."
         )
     return "\n".join(lines)
+
+
+def page(models: Path, settings: Sequence[Setting], questions: int) -> str:
+    """The models and all figures as Markdown, from the models' cards and the settings."""
+    lines = ["| folder | parameters | steps | examples | validation loss, nats |", "|---|---|---|---|---|"]
+    for folder in sorted(path.parent for path in models.glob("*/training.json")):
+        card = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        lines.append(
+            f"| `{folder.name}` | {card['parameters']:,} | {card['steps']} | {card['examples']:,} "
+            f"| {card['validation_loss']:.3f} |"
+        )
+    one = next(s for s in settings if s.family == ONE)
+    error = 100 * math.sqrt(one.accuracy * (1 - one.accuracy) / questions)
+    lines += [
+        "",
+        f"{questions} questions: a share near {one.accuracy:.0%} has a standard error of {error:.1f} points.",
+        "",
+        "![accuracy against passes](accuracy.svg)",
+        "",
+        *(f"{line}\n" for line in judge(settings).splitlines()),
+        "| strategy | right, % | passes | tokens per pass | revised | differing, % |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| `{s.strategy}` | {100 * s.accuracy:.1f} | {s.passes:.2f} | {s.tokens_per_pass:.2f} | {s.revised:.2f} "
+            f"| {'' if s.differing is None else f'{100 * s.differing:.1f}'} |"
+            for s in settings
+        ),
+        "",
+        f"| right, % | {' | '.join(TASKS)} |",
+        f"|---|{'---|' * len(TASKS)}",
+        *(
+            f"| `{s.strategy}` | {' | '.join(f'{100 * s.by_task[task]:.0f}' for task in TASKS)} |"
+            for s in settings
+            if s.family in ("plain decoding", ONE) or s.strategy in _BY_TASK
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def rewritten(text: str, figures: str) -> str:
+    """`text` with new figures between its two marks; without the marks, as it is."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}" if begin and end else text
 
 
 def picture(settings: Sequence[Setting]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -138,6 +139,19 @@ def test_the_verdict_weighs_accuracy_and_passes() -> None:
     harder = setting(nar_quality.ONE_END_LAST, "fixed, eos_last=true", 0.9, 8.0)
     assert ["reached" in line for line in nar_quality.judge([slow, harder, close]).splitlines()] == [True, False]
     assert nar_quality.picture([slow, close, far]).count("<circle") == 3 + 2
+
+
+def test_the_page_of_the_shipped_models_says_what_was_measured() -> None:
+    found = json.loads((nar_quality.MODELS / "results.json").read_text())
+    text = (nar_quality.MODELS / "README.md").read_text()
+    settings = [nar_quality.Setting(**setting) for setting in found["settings"]]
+    made = nar_quality.page(nar_quality.MODELS, settings, found["questions"])
+    assert nar_quality.rewritten(text, made) == text, (
+        "run python -m experiments.nar_quality --output experiments/models"
+    )
+    settings[0] = replace(settings[0], passes=1.0)
+    assert nar_quality.rewritten(text, nar_quality.page(nar_quality.MODELS, settings, found["questions"])) != text
+    assert nar_quality.rewritten("no place for figures", made) == "no place for figures"
 
 
 def test_a_chart_is_well_formed_and_has_every_point() -> None:

@@ -37,7 +37,7 @@ def view(
         "trust": np.array([(trust or {}).get(place, 1.0) for place in range(size)]),
         "margin": np.array(confidence) - 0.1,
         "entropy": 1 - np.array(confidence),
-        "divergence": np.full(size, np.inf),
+        "divergence": np.full((1, size), np.inf),
     }
     return BlockView(**{**fields, **more})
 
@@ -97,9 +97,13 @@ def test_the_entropy_bound_is_never_exceeded_and_never_wasted() -> None:
 
 def test_klass_waits_until_distributions_stand_still() -> None:
     assert written("klass", view([0.95, 0.99, 0.97])) == [1]  # first pass: nothing is known to be stable
-    moved = np.array([0.001, 0.5, 0.002])
+    moved = np.array([[np.inf, np.inf, np.inf], [0.001, 0.5, 0.002]])
     assert written("klass", view([0.95, 0.99, 0.5], divergence=moved)) == [0]
     assert written("klass(confidence=0.4)", view([0.95, 0.99, 0.5], divergence=moved)) == [0, 2]
+    assert written("klass(confidence=0.4, history=2)", view([0.95, 0.99, 0.5], divergence=moved)) == [1]
+    longer = np.concatenate([moved, [[0.002, 0.001, 0.3]]])
+    assert written("klass(confidence=0.4, history=2)", view([0.95, 0.99, 0.5], divergence=longer)) == [0]
+    assert written("klass(confidence=0.4)", view([0.95, 0.99, 0.5], divergence=longer)) == [0, 1]
 
 
 def test_places_that_are_not_open_stay_masks() -> None:
@@ -154,6 +158,7 @@ def test_iterations_masks_fewer_in_every_pass_and_stops_when_two_agree() -> None
         ("entropy(bound=-0.1)", "bound must be a number"),
         ("margin(threshold=2)", "threshold must be a number"),
         ("klass(divergence=-1)", "divergence must be a number"),
+        ("klass(history=0)", "history must be an integer of at least 1"),
         ("remask(share=1.2)", "share must be a number"),
         ("remask(base=remsk)", "did you mean 'remask'"),
         ("edit(extra=-1)", "extra must be an integer of at least 0"),

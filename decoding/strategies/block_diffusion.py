@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -88,7 +88,8 @@ class _Open:
 
     start: committed tokens before it. canvas: [places] its tokens and the masks behind it. size: places of the block;
     needed: those that the answer has room for. trust: [size] confidence that each visible token was written with.
-    probabilities: [size, vocab] of the last pass, where the policy compares passes. See `BlockView` for the rest.
+    probabilities: [size, vocab] of the last pass, and divergences of all, where the policy compares passes. See
+    `BlockView` for the rest.
     """
 
     start: int
@@ -100,6 +101,7 @@ class _Open:
     full: int = 0
     last: np.ndarray | None = None
     probabilities: torch.Tensor | None = None
+    divergences: list[np.ndarray] = field(default_factory=list)
 
 
 class BlockDiffusionDecoder(Decoder):
@@ -212,6 +214,8 @@ class BlockDiffusionDecoder(Decoder):
         for sequence, block, stop in zip(sequences, blocks, np.cumsum(sizes), strict=True):
             mine = parts[:, stop - block.size : stop]
             extra = dict(zip(sorted(self.policy.needs), mine[2:], strict=True))
+            if "divergence" in extra:
+                block.divergences.append(extra["divergence"])
             tokens = block.canvas[: block.size].copy()
             masked = tokens == self.masking.mask
             chosen = mine[0].astype(np.int64)
@@ -225,7 +229,7 @@ class BlockDiffusionDecoder(Decoder):
                     block.trust,
                     extra.get("margin", _EMPTY),
                     extra.get("entropy", _EMPTY),
-                    extra.get("divergence", _EMPTY),
+                    np.array(block.divergences),
                     block.passes,
                     block.full,
                     block.last,

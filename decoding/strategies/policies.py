@@ -21,15 +21,15 @@ REGISTRY: dict[str, type[Policy]] = {}
 
 @dataclass(frozen=True)
 class BlockView:
-    """One block after a pass; every array is [places].
+    """One block after a pass; every array is [places] but for `divergence`, [passes, places].
 
     tokens: before the pass, masks included. masked: which of them are masks. open: which masks may be written.
     predicted: what the model puts there now, drawn if the request samples; the mask itself is never predicted.
     confidence: the model's probability of that, before temperature and filters.
     trust: of visible places, the confidence they were written with.
-    margin: probability of the best token minus the second best's. entropy: nats. divergence: KL divergence, in nats,
-    of the last pass's distribution from this one's, infinite in the first pass. Only what the policy `needs`
-    is computed; the rest is empty.
+    margin: probability of the best token minus the second best's. entropy: nats. divergence: of each pass over the
+    block, this one last, the KL divergence in nats of the distribution before from its own, infinite in the first. Only
+    what the policy `needs` is computed; the rest is empty.
     passes: earlier passes over this block. full: how many of them found no mask.
     last: the block after the last pass's writing, before anything was masked again; None in the first pass.
     """
@@ -230,11 +230,12 @@ class Margin(WritingPolicy):
 
 @dataclass(frozen=True)
 class Klass(WritingPolicy):
-    """Every place that is confident and whose distribution has hardly moved since the last pass (KLASS, Kim et al.
-    2025)."""
+    """Every place that is confident and whose distribution has hardly moved in any of the last `history` passes (KLASS,
+    Kim et al. 2025)."""
 
     confidence: float = 0.9
     divergence: float = 0.01
+    history: int = 1
 
     name: ClassVar[str] = "klass"
     summary: ClassVar[str] = "all tokens that are confident and stable between passes"
@@ -243,9 +244,12 @@ class Klass(WritingPolicy):
     def __post_init__(self) -> None:
         _check_share("confidence", self.confidence)
         _check_share("divergence", self.divergence, most=1e6)
+        _check_count("history", self.history)
 
     def wanted(self, view: BlockView) -> tuple[np.ndarray, np.ndarray]:
-        return (view.confidence > self.confidence) & (view.divergence < self.divergence), view.confidence
+        # The first pass diverges infinitely, so that nothing is steady before there are `history` others.
+        steady = (view.divergence[-self.history :] < self.divergence).all(axis=0)
+        return (view.confidence > self.confidence) & steady, view.confidence
 
 
 class _Revising(Policy):
