@@ -27,6 +27,7 @@ constexpr int LANES = 8;
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef int16_t svec __attribute__((vector_size(LANES * 2)));
 typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 constexpr int64_t AHEAD = 4;
@@ -64,13 +65,24 @@ static inline float sum(vec v) {
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-// The sums of four vectors, `stride` apart; each as `sum` gives it.
-static inline void sum4(vec a, vec b, vec c, vec d, float* out, int64_t stride) {
+// The sums of four vectors; each as `sum` gives it.
+static inline quad sum4(vec a, vec b, vec c, vec d) {
     const quad p = fold(a), q = fold(b), r = fold(c), s = fold(d);
     const quad low = __builtin_shuffle(p, q, (int4){0, 1, 4, 5}) + __builtin_shuffle(p, q, (int4){2, 3, 6, 7});
     const quad high = __builtin_shuffle(r, s, (int4){0, 1, 4, 5}) + __builtin_shuffle(r, s, (int4){2, 3, 6, 7});
-    const quad sums = __builtin_shuffle(low, high, (int4){0, 2, 4, 6}) + __builtin_shuffle(low, high, (int4){1, 3, 5, 7});
-    for (int i = 0; i < 4; i++) out[i * stride] = sums[i];
+    return __builtin_shuffle(low, high, (int4){0, 2, 4, 6}) + __builtin_shuffle(low, high, (int4){1, 3, 5, 7});
+}
+
+// One value or several, to and from memory that need not be aligned.
+template <typename T>
+static inline T get(const float* at) {
+    T value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+template <typename T>
+static inline void put(float* at, T value) {
+    std::memcpy(at, &value, sizeof value);
 }
 
 // e^x to about two units in the last place (Cephes' polynomial).
@@ -161,10 +173,20 @@ struct Ahead {
     }
 };
 
+// The sums of ROWS x TOKENS vectors.
+template <int ROWS, int TOKENS>
+static inline void add_up(const vec acc[ROWS][TOKENS], float out[TOKENS][ROWS]) {
+    for (int t = 0; t < TOKENS; t++) {
+        int r = 0;
+        for (; r + 4 <= ROWS; r += 4) put(&out[t][r], sum4(acc[r][t], acc[r + 1][t], acc[r + 2][t], acc[r + 3][t]));
+        for (; r < ROWS; r++) out[t][r] = sum(acc[r][t]);
+    }
+}
+
 // ROWS x TOKENS outputs: every weight that is loaded is used for all the tokens, and the other way round.
 template <int ROWS, int TOKENS>
 static inline void tile(const Matrix& m, int64_t row, const Input& x, int64_t token, Ahead ahead,
-                        float out[ROWS][TOKENS]) {
+                        float out[TOKENS][ROWS]) {
     const int64_t columns = m.columns;
     const float* w = static_cast<const float*>(m.weight) + row * columns;
     const float* v = x.real + token * x.width;
@@ -179,28 +201,23 @@ static inline void tile(const Matrix& m, int64_t row, const Input& x, int64_t to
             for (int t = 0; t < TOKENS; t++) acc[r][t] = fma(a, b[t], acc[r][t]);
         }
     }
-    for (int t = 0; t < TOKENS; t++) {
-        for (int r = 0; r < ROWS; r++) out[r][t] = 0;
-        if constexpr (ROWS == 4)
-            sum4(acc[0][t], acc[1][t], acc[2][t], acc[3][t], &out[0][t], TOKENS);
-        else
-            for (int r = 0; r < ROWS; r++) out[r][t] = sum(acc[r][t]);
-    }
+    add_up<ROWS, TOKENS>(acc, out);
     for (; k < columns; k++)
         for (int r = 0; r < ROWS; r++)
             for (int t = 0; t < TOKENS; t++)
-                out[r][t] = std::fma(w[r * columns + k], v[t * x.width + k], out[r][t]);
+                out[t][r] = std::fma(w[r * columns + k], v[t * x.width + k], out[t][r]);
 }
 
-// The same for int8 weights. Sums of integers are exact: 2^31 is out of reach for `FLUSH` columns a lane.
+// The same for int8 weights. Sums of integers are exact below 2^31, where those of `FLUSH` columns stay; the lanes are then
+// added up as floats.
 template <int ROWS, int TOKENS>
 static inline void tile8(const Matrix& m, int64_t row, const Input& x, int64_t token, Ahead ahead,
-                         float out[ROWS][TOKENS]) {
-    constexpr int64_t FLUSH = 4096;
+                         float out[TOKENS][ROWS]) {
+    constexpr int64_t FLUSH = 2048;
     const int64_t columns = m.columns;
     const int8_t* w = static_cast<const int8_t*>(m.weight) + row * columns;
     const int16_t* v = x.whole + token * x.width;
-    int64_t total[ROWS][TOKENS] = {};
+    vec total[ROWS][TOKENS] = {};
     int64_t k = 0;
 #ifdef __AVX2__
     while (k + 16 <= columns) {
@@ -216,44 +233,53 @@ static inline void tile8(const Matrix& m, int64_t row, const Input& x, int64_t t
             for (int r = 0; r < ROWS; r++) {
                 const __m256i a = _mm256_cvtepi8_epi16(
                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * columns + k)));
-                    for (int t = 0; t < TOKENS; t++)
+                for (int t = 0; t < TOKENS; t++)
                     acc[r][t] = _mm256_add_epi32(acc[r][t], _mm256_madd_epi16(a, b[t]));
             }
         }
         for (int r = 0; r < ROWS; r++)
             for (int t = 0; t < TOKENS; t++) {
-                const __m256i four =
-                    _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(acc[r][t])),
-                                     _mm256_cvtepi32_epi64(_mm256_extracti128_si256(acc[r][t], 1)));
-                const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
-                total[r][t] += _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
+                const __m256 lanes = _mm256_cvtepi32_ps(acc[r][t]);
+                vec added = {};
+                std::memcpy(&added, &lanes, sizeof lanes);
+                total[r][t] += added;
             }
     }
 #endif
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < TOKENS; t++) {
-            int64_t s = total[r][t];
-            for (int64_t j = k; j < columns; j++) s += int32_t(w[r * columns + j]) * v[t * x.width + j];
-            out[r][t] = float(s) * (m.scale[row + r] * x.factor[token + t]);
-        }
+    add_up<ROWS, TOKENS>(total, out);
+    for (; k < columns; k++)
+        for (int r = 0; r < ROWS; r++)
+            for (int t = 0; t < TOKENS; t++) out[t][r] += float(int32_t(w[r * columns + k]) * v[t * x.width + k]);
+}
+
+// What is done to the sums of a row or of several: its scale, its token's factor, its bias.
+template <typename T, typename Sink>
+static inline void pass_on(const Matrix& m, int64_t row, const Input& x, int64_t token, const float* sums, Sink& sink) {
+    T y = get<T>(sums);
+    if (m.scale) y *= get<T>(m.scale + row) * x.factor[token];
+    if (m.bias) y += get<T>(m.bias + row);
+    sink(token, row, y);
 }
 
 template <int ROWS, int TOKENS, typename Sink>
 static inline void produce(const Matrix& m, int64_t row, const Input& x, int64_t token, Ahead ahead, Sink& sink) {
-    float out[ROWS][TOKENS];
+    float out[TOKENS][ROWS];
     if (m.scale)
         tile8<ROWS, TOKENS>(m, row, x, token, ahead, out);
     else
         tile<ROWS, TOKENS>(m, row, x, token, ahead, out);
-    for (int t = 0; t < TOKENS; t++)
-        for (int r = 0; r < ROWS; r++) sink(token + t, row + r, out[r][t] + (m.bias ? m.bias[row + r] : 0.0f));
+    for (int t = 0; t < TOKENS; t++) {
+        int r = 0;
+        for (; r + 4 <= ROWS; r += 4) pass_on<quad>(m, row + r, x, token + t, &out[t][r], sink);
+        for (; r < ROWS; r++) pass_on<float>(m, row + r, x, token + t, &out[t][r], sink);
+    }
 }
 
 template <int ROWS, int TOKENS, typename Sink>
 static void produce_rows(const Matrix& m, int64_t row, const Input& x, int64_t token, int64_t end, Sink& sink) {
     const int64_t groups = (end - token + TOKENS - 1) / TOKENS, size = m.scale ? 1 : sizeof(float);
     const int64_t block = ROWS * m.columns * size, steps = m.columns / (m.scale ? 16 : LANES);
-    const char* next = static_cast<const char*>(m.weight) + std::min(row + AHEAD, m.rows - ROWS) * m.columns * size;
+    const char* next = static_cast<const char*>(m.weight) + std::min(row + std::max<int64_t>(AHEAD, ROWS), m.rows - ROWS) * m.columns * size;
     for (int64_t g = 0; token < end; g++, token += TOKENS) {
         const Ahead ahead = {next + g * (block / groups), block / groups / std::max<int64_t>(steps, 1)};
         if (end - token >= TOKENS)
@@ -265,7 +291,8 @@ static void produce_rows(const Matrix& m, int64_t row, const Input& x, int64_t t
     }
 }
 
-// Rows `row` ... `stop` - 1 of a product, for all tokens; `sink(token, row, value)` takes every output.
+// Rows `row` ... `stop` - 1 of a product, for all tokens; `sink(token, row, value)` takes one
+// output or those of several rows.
 template <typename Sink>
 static void multiply(const Matrix& m, int64_t row, int64_t stop, const Input& x, int64_t tokens, Sink sink) {
     constexpr int64_t TOGETHER = 48;  // tokens whose inputs stay in the cache while the weights go by
@@ -273,6 +300,8 @@ static void multiply(const Matrix& m, int64_t row, int64_t stop, const Input& x,
         const int64_t end = tokens < token + TOGETHER ? tokens : token + TOGETHER;
         int64_t r = row;
         // As many outputs at once as there are registers for.
+        if (m.scale && end - token == 1)
+            for (; r + 8 <= stop; r += 8) produce_rows<8, 1>(m, r, x, token, end, sink);
         if (m.scale)
             for (; r + 4 <= stop; r += 4) produce_rows<4, 2>(m, r, x, token, end, sink);
         else
@@ -302,13 +331,34 @@ static float dot(const float* a, const float* b, int64_t size) {
 
 // 16-bit integers and their common factor; exact enough not to show beside 8-bit weights.
 static void quantise(const float* x, int16_t* out, float* factor, int64_t size) {
-    float largest = 0;
-    for (int64_t i = 0; i < size; i++) largest = std::fmax(largest, std::fabs(x[i]));
-    bool finite = true;
-    for (int64_t i = 0; i < size; i++) finite &= std::isfinite(x[i]);
+    const ivec magnitude = reinterpret_cast<ivec>(vec{}) + 0x7FFFFFFF;
+    ivec largest_bits = {};  // of floats without their sign, which are ordered like integers
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        const ivec bits = reinterpret_cast<ivec>(load(x + i)) & magnitude;
+        largest_bits = bits > largest_bits ? bits : largest_bits;
+    }
+    int32_t most = 0;
+    for (int lane = 0; lane < LANES; lane++) most = std::max<int32_t>(most, largest_bits[lane]);
+    for (int64_t j = i; j < size; j++) {
+        int32_t bits;
+        std::memcpy(&bits, x + j, sizeof bits);
+        most = std::max(most, bits & 0x7FFFFFFF);
+    }
+    float largest;
+    std::memcpy(&largest, &most, sizeof largest);
+    const bool finite = most < 0x7F800000;
     *factor = finite ? largest / 32767.0f : NAN;
     const float inverse = finite && largest > 0 ? 32767.0f / largest : 0;
-    for (int64_t i = 0; i < size; i++) out[i] = int16_t(std::lrintf(x[i] * inverse));
+    const vec magic = all(12582912.0f);  // rounds to the nearest integer, in the low bits
+    i = finite ? 0 : size;
+    if (!finite) std::memset(out, 0, size * sizeof *out);
+    for (; i + LANES <= size; i += LANES) {
+        const ivec rounded = reinterpret_cast<ivec>(fma(load(x + i), all(inverse), magic)) - 0x4B400000;
+        const svec narrow = __builtin_convertvector(rounded, svec);
+        std::memcpy(out + i, &narrow, sizeof narrow);
+    }
+    for (; i < size; i++) out[i] = int16_t(std::lrintf(x[i] * inverse));
 }
 
 namespace {
@@ -373,7 +423,7 @@ class Run {
         const Input x = input(last.data(), s.hidden);
         parts(phase++, thread, s.vocabulary, 64, [&](int64_t begin, int64_t end) {
             multiply(s.head, begin, end, x, step.kept,
-                     [&](int64_t t, int64_t r, float y) { step.logits[t * s.vocabulary + r] = y; });
+                     [&](int64_t t, int64_t r, auto y) { put(step.logits + t * s.vocabulary + r, y); });
         });
     }
 
@@ -439,7 +489,7 @@ class Run {
     void section(const Matrix& m, int64_t begin, int64_t end, int64_t offset, const Input& x, float* out) {
         const int64_t row = std::max<int64_t>(begin - offset, 0), stop = std::min(end - offset, m.rows);
         if (row < stop)
-            multiply(m, row, stop, x, step.tokens, [&](int64_t t, int64_t r, float y) { out[t * m.rows + r] = y; });
+            multiply(m, row, stop, x, step.tokens, [&](int64_t t, int64_t r, auto y) { put(out + t * m.rows + r, y); });
     }
 
     void turn(float* head, const float* norm, int64_t position) {
@@ -524,8 +574,10 @@ class Run {
 
     void add(const Matrix& m, const Input& x, int phase, int thread) {
         parts(phase, thread, m.rows, 32, [&](int64_t begin, int64_t end) {
-            multiply(m, begin, end, x, step.tokens,
-                     [&](int64_t t, int64_t r, float y) { step.hidden[t * s.hidden + r] += y; });
+            multiply(m, begin, end, x, step.tokens, [&](int64_t t, int64_t r, auto y) {
+                float* at = step.hidden + t * s.hidden + r;
+                put(at, get<decltype(y)>(at) + y);
+            });
         });
     }
 
@@ -534,9 +586,9 @@ class Run {
             std::vector<float> gates(step.tokens * (end - begin));
             const int64_t width = end - begin;
             multiply(layer.gate, begin, end, x, step.tokens,
-                     [&](int64_t t, int64_t r, float y) { gates[t * width + r - begin] = y; });
+                     [&](int64_t t, int64_t r, auto y) { put(&gates[t * width + r - begin], y); });
             multiply(layer.up, begin, end, x, step.tokens,
-                     [&](int64_t t, int64_t r, float y) { gated[t * s.intermediate + r] = y; });
+                     [&](int64_t t, int64_t r, auto y) { put(&gated[t * s.intermediate + r], y); });
             for (int64_t t = 0; t < step.tokens; t++)
                 for (int64_t i = 0; i < width; i += LANES) {
                     const int64_t count = std::min<int64_t>(LANES, width - i);
