@@ -21,6 +21,8 @@ from decoding.types import Generation, Message, Prompt, SamplingParams
 
 T = TypeVar("T")
 
+_LEAST_CAPACITY = 16  # tokens; with fewer there is not even room to try the model out
+
 
 def load(
     name_or_path: str = "smollm2-135m",
@@ -41,10 +43,14 @@ def load(
     they are), or "int8" to round those of linear layers to 8-bit integers, which a CPU reads four times as fast;
     lossless strategies then equal plain decoding with these weights.
 
-    Raises ModelError, or UnknownName for an alias that is nearly right.
+    Raises ModelError, UnknownName for an alias that is nearly right, InvalidRequest for sizes out of range.
     """
     if weights not in WEIGHTS:
         raise UnknownName("kind of weights", weights, WEIGHTS)
+    if slots < 1:
+        raise InvalidRequest(f"slots must be at least 1, not {slots}.")
+    if capacity is not None and capacity < _LEAST_CAPACITY:
+        raise InvalidRequest(f"capacity must be at least {_LEAST_CAPACITY} tokens, not {capacity}.")
     loaded = load_model(
         name_or_path, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )

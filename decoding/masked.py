@@ -110,6 +110,10 @@ def _from_section(section: Any, vocabulary: int, encoder: bool) -> Masking:
             "mask_token_id."
         )
     mask, span = section.get("mask_token_id"), section.get("block_size", 0)
+    if mask is None:
+        raise ModelError(
+            "the section 'masked' of config.json names no mask token, so nothing can be filled in; set mask_token_id."
+        )
     if not isinstance(mask, int) or not 0 <= mask < vocabulary:
         raise ModelError(
             f"the section 'masked' of config.json names the mask token {mask!r}, which is no id below {vocabulary}."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from decoding.cli import main
+from decoding.cli import command_line, main
 from decoding.config import RunConfig, read_run_file
+from decoding.options import LoadOptions, Schedule
 from decoding.report import read_run, summarize
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -121,6 +123,18 @@ def test_a_run_resumes_as_it_was_configured_without_being_told_again(
     assert main(["compare", "--resume", str(output), "--seed", "8"]) == 2
 
 
+def test_the_command_line_has_every_option_of_a_run_file_with_its_default() -> None:
+    parsed = command_line([]).parse_args(["compare"])
+    assert RunConfig.of_flat(vars(parsed)) == RunConfig()
+    for options in (LoadOptions, Schedule):
+        assert {item.name for item in fields(options)} <= set(vars(parsed))
+    given = ["--warm-up", "3", "--cool-down", "1.5", "--no-prefill", "--trust-remote-code", "--prices", "1", "2", "3"]
+    config = RunConfig.of_flat(vars(command_line([]).parse_args(["compare", *given, "--top-k", "4"])))
+    assert config.schedule == Schedule(warm_up=3, cool_down=1.5)
+    assert config.load == LoadOptions(prefill=False, trust_remote_code=True, prices=(1.0, 2.0, 3.0))
+    assert config.params.top_k == 4
+
+
 def test_a_race_without_a_terminal_prints_a_table(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     strategies = ["autoregressive", "jacobi(block_size=4)"]
     assert main(["race", "Hello", "--strategies", *strategies, *common(model)]) == 0
@@ -138,9 +152,16 @@ def test_a_race_without_a_terminal_prints_a_table(model: str, capsys: pytest.Cap
         (["generate", "Hi", "--temperature", "-1"], "temperature"),
         (["generate", ""], "empty"),
         (["generate", "word " * 5000], "shorten"),
+        (["generate", "Hi", "--capacity", "8"], "capacity must be at least 16"),
+        (["generate", "Hi", "--slots", "0"], "slots must be at least 1"),
+        (["generate", "Hi", "--strategy", "jacobi(adapter=no-such)"], "unknown adapter 'no-such'"),
+        (["generate", "Hi", "--strategy", "block-diffusion(policy=confidence(threshold=2))"], "from 0 to 1, not 2"),
+        (["generate", "Hi", "--strategy", "mask-predict"], "use a masked checkpoint"),
         (["generate", "Hi", "--model", "smollm2-135"], "did you mean 'smollm2-135m'"),
         (["generate", "Hi", "--model", "/no/such/folder"], "/no/such/folder"),
         (["generate", "Hi", "--max-new-tokens", "many"], "invalid int value"),
+        (["generate", "Hi", "--concurrency", "4"], "concurrency is about a server"),
+        (["generate", "Hi", "--weights", "int8", "--base-url", "http://127.0.0.1:9/v1"], "weights is about a local"),
         (["compare", "no-such-suite"], "no-such-suite"),
         (["compare", "default", "--limit", "0"], "limit"),
         (["compare", "default", "--categories", "maths"], "did you mean 'math'"),

@@ -429,7 +429,7 @@ def test_bad_checkpoints_get_one_sentence(tmp_path: Path) -> None:
     plain = json.loads(file.read_text())
     for section, message in (
         ({"attention": "sideways"}, "needs an attention"),
-        ({"attention": "bidirectional"}, "names the mask token None"),
+        ({"attention": "bidirectional"}, "names no mask token"),
         ({"attention": "bidirectional", "mask_token_id": 10**6}, "no id below 259"),
         ({"attention": "block-causal", "mask_token_id": 3}, "needs a block_size of at least 2"),
     ):

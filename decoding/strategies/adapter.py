@@ -84,7 +84,7 @@ def load_adapter(name: str) -> Adapter:
     folder = shipped_adapters().get(name) or Path(name).expanduser()
     if not folder.is_dir():
         if folder.name == name:
-            raise UnknownName("adapter or adapter folder", name, [*shipped_adapters(), "a folder"])
+            raise UnknownName("adapter", name, [*shipped_adapters(), "the path of a folder"])
         raise ModelError(f"there is no adapter at {folder}: no such folder.")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
