@@ -23,6 +23,17 @@ from decoding.trace import Step
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Passes with drafts of one length. right: guesses confirmed, of those `reached` because all before them were;
+    gained: tokens."""
+
+    passes: int
+    right: int
+    reached: int
+    gained: int
+
+
+@dataclass(frozen=True)
 class Point:
     """Passes with drafts of one length. alpha: right guesses ÷ guesses reached. measured, expected: tokens per pass."""
 
@@ -38,14 +49,23 @@ def law(alpha: float, length: float) -> float:
     return length + 1.0 if alpha >= 1 else (1 - alpha ** (length + 1)) / (1 - alpha)
 
 
+def counts(trace: Iterable[Step], length: int) -> Counts:
+    """What happened in the passes of a trace that drafted `length` tokens."""
+    passes = [step for step in trace if not step.prefill and step.drafted == length and step.committed]
+    return Counts(
+        passes=len(passes),
+        right=sum(step.accepted for step in passes),
+        reached=sum(min(step.accepted + 1, length) for step in passes),
+        gained=sum(step.accepted + 1 for step in passes),
+    )
+
+
 def point(trace: Iterable[Step], length: int) -> Point:
     """What the passes of a trace that drafted `length` tokens say."""
-    passes = [step for step in trace if not step.prefill and step.drafted == length and step.committed]
-    right = sum(step.accepted for step in passes)
-    reached = sum(min(step.accepted + 1, length) for step in passes)
-    alpha = right / reached if reached else 0.0
-    gained = sum(step.accepted + 1 for step in passes)
-    return Point(length, len(passes), alpha, gained / len(passes) if passes else 0.0, law(alpha, length))
+    found = counts(trace, length)
+    alpha = found.right / found.reached if found.reached else 0.0
+    gained = found.gained / found.passes if found.passes else 0.0
+    return Point(length, found.passes, alpha, gained, law(alpha, length))
 
 
 def main() -> None:

@@ -8,22 +8,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import decoding
 from decoding.errors import RecordError
-from decoding.report.statistics import Interval
+from decoding.report.statistics import Interval, bootstrap
 from experiments import index
-from experiments.claims import above, crossing, gap, interleaved, sample, words
+from experiments.claims import above, acceptance_law, crossing, gap, interleaved, quantized_steps, sample, words
 from tests.synthetic_run import SyntheticLatency
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 QUICK: dict[str, list[str]] = {
+    "acceptance_law": ["--limit", "1", "--lengths", "1", "2", "--max-new-tokens", "8"],
     "acceptance_by_drafter": ["--limit", "1", "--drafters", "prompt-lookup", "--max-new-tokens", "4"],
     "block_against_token": ["--limit", "1", "--repeats", "1", "--max-new-tokens", "4", "--draft-length", "2"],
     "jacobi_iterations": ["--limit", "1", "--blocks", "3", "--max-new-tokens", "4"],
     "prefill_share": ["--prompts", "8", "40", "--rounds", "1", "--max-new-tokens", "8"],
-    "quantized_steps": ["--tokens", "1", "32", "--rounds", "1"],
+    "quantized_steps": ["--tokens", "1", "32", "--prompt", "40", "--rounds", "1"],
     "skeleton_by_category": ["--limit", "1", "--max-new-tokens", "4", "--categories", "knowledge", "math"],
     "speculation_against_batch": ["--batches", "1", "2", "--rounds", "1", "--max-new-tokens", "4"],
 }
@@ -73,6 +75,27 @@ def test_a_verdict_needs_the_whole_interval_on_one_side() -> None:
     assert words(Interval(1.2, float("nan"), float("nan"))) == "1.20"
 
 
+def test_the_law_of_acceptance_is_met_by_independent_guesses_only() -> None:
+    length, rng = 4, np.random.default_rng(0)
+    independent = rng.random((40, 200, length)) < 0.6  # [questions, passes, guesses]
+    all_or_none = np.repeat(rng.random((40, 200, 1)) < 0.6, length, axis=2)
+    for guesses, verdict in ((independent, "holds"), (all_or_none, "does not hold")):
+        right = np.cumprod(guesses, axis=2).sum(axis=2)
+        columns = [np.full(40, 200), right.sum(1), np.minimum(right + 1, length).sum(1), (right + 1).sum(1)]
+        ratio = bootstrap(acceptance_law.against_the_law(length), *columns)
+        assert acceptance_law.judged({length: ratio}) == verdict
+    assert acceptance_law.judged({1: Interval(1.0, 0.9, 1.1)}) == "cannot tell"
+    assert acceptance_law.judged({1: Interval(1.0, float("nan"), float("nan"))}) == "cannot tell"
+
+
+def test_quantization_is_judged_by_what_few_tokens_gain_beyond_many() -> None:
+    few = Interval(2.0, 1.9, 2.1)
+    assert quantized_steps.judged(few, [Interval(1.1, 1.0, 1.2)]) == "holds"
+    assert quantized_steps.judged(few, [Interval(1.1, 1.0, 1.2), Interval(2.0, 1.8, 2.2)]) == "cannot tell"
+    assert quantized_steps.judged(few, [Interval(3.0, 2.8, 3.2)]) == "does not hold"
+    assert quantized_steps.judged(Interval(0.9, 0.8, 0.95), [Interval(0.5, 0.4, 0.6)]) == "does not hold"
+
+
 def test_the_gap_of_two_groups_of_questions() -> None:
     first, second = [2.0, 2.2, 1.9, 2.1, 2.3, 2.0], [1.0, 1.1, 0.9, 1.2, 1.0]
     found = gap(first, second)
@@ -92,7 +115,7 @@ def test_ways_take_turns_and_the_first_round_does_not_count() -> None:
     order: list[str] = []
     times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
     assert order == ["a", "b"] * 3
-    assert set(times) == {"a", "b"}
+    assert {way: len(found) for way, found in times.items()} == {"a": 2, "b": 2}
 
 
 def test_a_sample_has_the_first_questions_of_every_category() -> None:

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -91,8 +90,8 @@ def sample(limit: int, categories: Sequence[str] | None = None) -> list[Question
     return [question for members in by_category.values() for question in members[:limit]]
 
 
-def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each way, which take turns; a first round warms up and does not count."""
+def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way in every round; they take turns, and a first round warms up and does not count."""
     times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way, run in ways.items():
@@ -100,7 +99,7 @@ def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
             run()
             if number:
                 times[way].append(time.perf_counter() - began)
-    return {way: median(found) for way, found in times.items()}
+    return times
 
 
 def crossing(gains: dict[int, float]) -> float | None:

@@ -1,6 +1,6 @@
 """Block against token verification of sampled drafts.
 
-`python -m experiments.claims.block_against_token [--drafter "layer-skip(layers=24)"] [--draft-length 6] [--repeats 3]`
+`python -m experiments.claims.block_against_token [--drafter "layer-skip(layers=24)"] [--draft-length 6] [--repeats 2]`
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict
 import numpy as np
 
 import decoding
-from decoding.config import Schedule
+from decoding.options import Schedule
 from decoding.report.statistics import bootstrap, ratio_of_rates
 from experiments.claims import Finding, above, arguments, conclude, sample, words
 
@@ -19,11 +19,12 @@ WAYS = ("block", "token")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__, limit=2)
+    parser = arguments(__doc__, limit=2, max_new_tokens=48)
     parser.add_argument("--drafter", help="one that samples its guesses; by default four fifths of the model's layers")
     parser.add_argument("--draft-length", type=int, default=6, help="guesses in a row (%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="answers per question, each with its own seed")
+    parser.add_argument("--repeats", type=int, default=2, help="answers per question, each with its own seed")
+    parser.add_argument("--streams", type=int, default=8, help="questions answered at once (%(default)s)")
     options = parser.parse_args(argv)
     lm = decoding.load(options.model)
     layers = int(lm.engine.runner.config.num_hidden_layers)
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = [f"speculative(drafter={drafter},draft_length={options.draft_length},verification={w})" for w in WAYS]
     strategies = [decoding.resolve(text) for text in texts]
     params = decoding.SamplingParams(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
-    schedule = Schedule(repeats=options.repeats)
+    schedule = Schedule(repeats=options.repeats, streams=options.streams)
     run = decoding.compare(sample(options.limit), lm, strategies=strategies, params=params, schedule=schedule)
 
     tokens: dict[str, dict[int | str, float]] = {str(strategy): {} for strategy in strategies}

@@ -1,6 +1,6 @@
 """How many passes Jacobi decoding takes, against the size of its block.
 
-`python -m experiments.claims.jacobi_iterations [--blocks 2 4 8 16 32] [--limit 2]`
+`python -m experiments.claims.jacobi_iterations [--blocks 2 4 8 16] [--limit 1]`
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from experiments.claims import Finding, arguments, conclude, sample, words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__, limit=2)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="tokens in a block")
+    parser = arguments(__doc__, limit=1)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8, 16], help="tokens in a block")
     parser.add_argument("--initial", default="iterate", help="first guess at a place: iterate, as published, or ngrams")
     options = parser.parse_args(argv)
     lm = decoding.load(options.model)

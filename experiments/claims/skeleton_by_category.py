@@ -1,6 +1,6 @@
 """Skeleton-of-Thought's speed-up by category of question.
 
-`python -m experiments.claims.skeleton_by_category [--limit 4] [--max-new-tokens 128]`
+`python -m experiments.claims.skeleton_by_category [--limit 2] [--max-new-tokens 96]`
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LISTS = ("knowledge", "generic", "common-sense", "roleplay", "counterfactual")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__, limit=4, max_new_tokens=128)
+    parser = arguments(__doc__, limit=2, max_new_tokens=96)
     parser.add_argument("--strategy", default="skeleton", help="in text form (%(default)s)")
     parser.add_argument("--categories", nargs="+", help="only these")
     options = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Speculation's gain against the number of sequences in the batch, and where the latency model says it ends.
 
-`python -m experiments.claims.speculation_against_batch [--batches 1 2 4 8 16 32] [--draft-length 5] [--rounds 3]`
+`python -m experiments.claims.speculation_against_batch [--batches 1 2 4 8 16] [--draft-length 5] [--rounds 3]`
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def decode_steps(prompts: list[str], lm: LocalBackend, strategy: str, new_tokens
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__, max_new_tokens=48)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser = arguments(__doc__, max_new_tokens=32)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--drafter", default="token-recycling", help="(%(default)s)")
     parser.add_argument("--draft-length", type=int, default=5, help="guesses in a row (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many (%(default)s)")
     options = parser.parse_args(argv)
     lm = decoding.load(options.model, slots=max(options.batches))
     guess = f"speculative(drafter={options.drafter},draft_length={options.draft_length})"
-    prompts = [question.turns[0] for question in sample(4) if len(question.turns[0]) < 600]
+    prompts = [question.turns[0] for question in sample(4) if len(question.turns[0]) < 200]
     measured: dict[int, float] = {}
     predicted: dict[int, float] = {}
     figures: dict[str, Json] = {}
