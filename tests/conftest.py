@@ -16,6 +16,9 @@ import torch
 
 from decoding.models import DEFAULT_MODEL, LoadedModel, load_model
 
+pytest_plugins = ("tests.fault_server", "tests.made_runs")
+"""Modules whose fixtures several files of tests share."""
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 

@@ -55,7 +55,8 @@ DEFINITIONS: Mapping[str, Definition] = {
     "detectable": Definition(
         "detectable",
         "exp( (t₀.₉₇₅ + t₀.₈) · s ÷ √n ), s = standard deviation of ln( t(plain) ÷ t(strategy) )",
-        "The smallest true speed-up that a run of this size would notice four times out of five.",
+        "The smallest true speed-up that a run of this size would notice four times out of five, taken alone at a "
+        "level of 5 %; Holm's correction asks for somewhat more.",
     ),
     "tokens": Definition(
         "tokens",
@@ -123,6 +124,26 @@ DEFINITIONS: Mapping[str, Definition] = {
         "( wins − losses ) ÷ pairs of answers that a judge compared in both orders",
         "Against plain decoding, from −1 to 1; a win needs both orders to agree. How an answer reads, not whether it "
         "is right.",
+    ),
+    "net_win_rate_lenient": Definition(
+        "either order",
+        "net win rate, the two orders' verdicts (1, 0, −1) added and their sign taken",
+        "A win and a tie make a win: Skeleton-of-Thought's convention, where the other is FastChat's.",
+    ),
+    "net_win_rate_length": Definition(
+        "at equal length",
+        "2σ(a) − 1 of P(win) = σ( a + b · tanh( Δ ÷ s ) ), Δ = difference in characters, s = its deviation",
+        "What is left of the net win rate where both answers are equally long: judges favour long ones.",
+    ),
+    "drift": Definition(
+        "drift",
+        "exp( slope of ln t(step) over the run, Theil–Sen ) − 1, p by Kendall's τ; flagged above 5 % with p < 0.01",
+        "t(step) is the median of plain decoding's steps in one answer; repeats are measured against their question.",
+    ),
+    "outlier": Definition(
+        "far from the usual",
+        "| ln t(step) − median | > 5 × 1.4826 × the median of such distances, and > ln 1.15",
+        "Something else used the machine, or let go of it, while this answer was made.",
     ),
     "peak_memory": Definition("peak memory", "largest over answers", "Most memory in use while an answer was made."),
     "failures": Definition(

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-from decoding.report import statistics
-from decoding.report.measures import step_seconds
+from decoding.report.pace import pace
 from decoding.report.records import BASELINE
 from decoding.report.runfile import Run
 
@@ -64,22 +63,16 @@ def _moved(run: Run) -> Iterator[str]:
 
 
 def _disturbances(run: Run) -> Iterator[str]:
-    """Drift and outliers of plain decoding, whose answers are spread over the whole run. Time is told by their order,
-    in which the pause before a resumption does not count."""
-    plain = [r for r in run.records if r.strategy == BASELINE and not r.failed and step_seconds(r) > 0]
-    plain.sort(key=lambda record: record.order)
-    speeds = [step_seconds(record) for record in plain]
-    questions = [record.question_id for record in plain]
-    if not plain:
-        return
-    moved = statistics.drift([record.order for record in plain], speeds, questions)
+    """Drift and outliers of plain decoding's pace."""
+    found = pace(run)
+    moved = found.drift
     if moved.flagged:
         yield (
             f"Plain decoding's steps got {abs(moved.change):.0%} {'slower' if moved.change > 0 else 'faster'} from "
             f"start to end (p = {moved.p_value:.2g}): the machine drifted. Ratios are paired within questions and "
             "hold; absolute times hold less."
         )
-    odd = list(dict.fromkeys(str(questions[i]) for i in statistics.outliers(speeds, questions)))
+    odd = list(dict.fromkeys(str(found.answers[i].question_id) for i in found.odd))
     if odd:
         yield (
             f"Plain decoding's steps were far from their usual time on question {', '.join(odd[:8])}"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from decoding.report.measures import difference
+from decoding.report.pace import pace, pauses
 from decoding.report.records import BASELINE, AnswerRecord
 from decoding.report.redaction import Json
 from decoding.report.runfile import Run
@@ -25,6 +26,7 @@ def page_data(run: Run, summary: Summary) -> dict[str, Json]:
         "categories": list(summary.categories),
         "latency": [[tokens, seconds] for tokens, seconds in run.header.latency],
         "repeats": summary.repeats,
+        "pace": _pace(run, places),
         "questions": [
             {"id": record.question_id, "category": record.category, "title": _title(record.question)}
             for record in questions.values()
@@ -65,6 +67,22 @@ def _strategy(row: StrategySummary, ratios: list[Json]) -> dict[str, Json]:
             }
             for name, category in row.categories.items()
         },
+    }
+
+
+def _pace(run: Run, places: Mapping[QuestionId, int]) -> dict[str, Json]:
+    """Plain decoding's answers as [place in the run, place of the question, started, seconds of a step, odd]."""
+    found = pace(run)
+    pairs = zip(found.answers, found.seconds, strict=True)
+    return {
+        "answers": [
+            [record.order, places[record.question_id], round(record.started, 2), round(seconds, 6), i in found.odd]
+            for i, (record, seconds) in enumerate(pairs)
+        ],
+        "change": _finite(found.drift.change),
+        "p": _finite(found.drift.p_value),
+        "flagged": found.drift.flagged,
+        "pauses": [[order, round(seconds, 2)] for order, seconds in pauses(run)],
     }
 
 

@@ -124,6 +124,7 @@ function explorer(state) {
 
   const open = (place) => {
     shown = { ...shown, place };
+    byId("step").textContent = "";
     byId("question").value = String(place);
     draw(false);
   };
@@ -133,6 +134,7 @@ function explorer(state) {
     const at = found.indexOf(shown.place);
     open(found[(Math.max(0, at) + by + found.length) % found.length]);
   };
+  walk(byId("timeline"), byId("step"));
   byId("question").addEventListener("change", (event) => open(Number(event.target.value)));
   byId("find").addEventListener("input", (event) => {
     found = fill(event.target.value.toLowerCase().split(/\s+/).filter(Boolean));

@@ -26,6 +26,11 @@ function forest(place, width, strategies) {
   const x = logarithmic(...ratioRange(ends.filter((value) => value !== null)), left, right);
   const whisker = (estimate, y, class_) => estimate[1] === null ? null :
     svg("line", { x1: x(estimate[1]), x2: x(estimate[2]), y1: y, y2: y, class: class_ });
+  const unseen = (row, y) => { // differences that a run of this size would often miss
+    if (row.detectable === null) return null;
+    const from = Math.max(left, x(1 / row.detectable)), to = Math.min(right, x(row.detectable));
+    return svg("rect", { x: from, y: y + 24, width: to - from, height: 46, class: "unseen", "data-tip": `detectable: ${fixed(row.detectable)}× or ${fixed(1 / row.detectable)}×` });
+  };
   place.replaceChildren(canvas(width, bottom + 42, "Speed-up of each strategy with its 95 percent interval",
     axisBelow(x, ratioTicks(...x.domain, width / 52), bottom, 0, "times as fast as plain decoding", (value) => `${short(value)}×`),
     svg("line", { x1: x(1), x2: x(1), y1: 0, y2: bottom, class: "one" }),
@@ -33,6 +38,7 @@ function forest(place, width, strategies) {
       const y = i * height, s = `s${row.index}`;
       const figure = interval(row.speedup), room = right - left - measure(figure) - 16;
       return svg("g", {},
+        unseen(row, y),
         svg("text", { x: left, y: y + 16, class: "name" }, fit(row.name, room)),
         svg("text", { x: right, y: y + 16, "text-anchor": "end", class: "strong" }, figure),
         row.ratios.map(([question, ratio]) => svg("circle", {
@@ -43,7 +49,7 @@ function forest(place, width, strategies) {
         row.geometric ? whisker(row.geometric, y + 62, `whisker thin ${s}`) : null,
         row.geometric ? mark(x(row.geometric[0]), y + 62, row.index, 4, { class: "hollow", "data-tip": `geometric mean ${interval(row.geometric)}` }) : null);
     })),
-  html("p", { class: "key" }, html("span", {}, "filled: ratio of sums"), html("span", {}, "hollow: geometric mean"), html("span", {}, "faint: one question each")));
+  html("p", { class: "key" }, html("span", {}, "filled: ratio of sums"), html("span", {}, "hollow: geometric mean"), html("span", {}, "faint: one question each"), rows.some((row) => row.detectable !== null) ? html("span", {}, html("i", { class: "swatch unseen" }), "too small to notice in this run") : null));
   numbers("forest", ["strategy", "Σ ratio", "geometric mean", "per token", "detectable", "questions"], rows.map((row) =>
     [row.name, interval(row.speedup), interval(row.geometric), interval(row.perToken), row.detectable === null ? "–" : `${fixed(row.detectable)}×`, String(row.ratios.length)]));
 }
@@ -263,4 +269,27 @@ function shares(place, width, strategies) {
   numbers("shares", ["strategy", ...names], rows.map((row) => [row.name, ...order.map((part) => seconds(row.shares[part]))]));
 }
 
-const FIGURES = { forest, scatter, category, accepted, positions, roofline, shares };
+function pace(place, width) {
+  const { answers, pauses, change, p, flagged } = data.pace;
+  if (!answers.length) return empty(place, "No answer of plain decoding, so nothing tells how steady the machine was.");
+  const height = 220, left = 44, right = width - 12, bottom = height - 42;
+  const [fast, slow] = extent(answers.map(([, , , time]) => 1000 * time)), room = Math.max(0.05 * slow, 0.2 * (slow - fast));
+  const last = Math.max(...answers.map(([order]) => order));
+  const x = linear(0, Math.max(1, last), left + 8, right - 8), y = linear(Math.max(0, fast - room), slow + room, bottom, 24);
+  const index = data.strategies.findIndex((strategy) => strategy.baseline), name = (question) => data.questions[question].id;
+  const clock = (time) => (time < 120 ? seconds(time) : time < 7200 ? `${fixed(time / 60, 1)} min` : `${fixed(time / 3600, 1)} h`);
+  const said = `${change < 0 ? "" : "+"}${(100 * change).toFixed(1)} % from start to end (p = ${fixed(p, 3)})${flagged ? ": drifted" : ""}`;
+  place.replaceChildren(canvas(width, height, `Milliseconds of plain decoding's steps in the order of the run: ${said}`,
+    axisBelow(x, ticks(0, Math.max(1, last), width / 90).filter(Number.isInteger), bottom, bottom, "answers made before, of all strategies", String),
+    axisLeft(y, ticks(...y.domain, 4), left, right, "milliseconds per step"),
+    pauses.map(([order, time]) => svg("line", { x1: x(order - 0.5), x2: x(order - 0.5), y1: 20, y2: bottom, class: "one", "data-tip": `resumed after a pause of ${clock(time)}` })),
+    answers.map(([order, question, started, time, odd]) => svg("circle", { cx: x(order), cy: y(1000 * time), r: odd ? 5 : 3.4, class: odd ? "odd" : `dot s${index}`,
+      "data-question": question, "data-tip": `${seconds(time)} per step on question ${name(question)}, ${clock(started)} after the start${odd ? ": far from the usual" : ""}` }))),
+  html("p", { class: "key" }, html("span", {}, said), answers.some(([, , , , odd]) => odd) ? html("span", {}, html("i", { class: "swatch odd" }), "far from the usual") : null,
+    pauses.length ? html("span", {}, "dashed: resumed") : null));
+  numbers("pace", ["answers made before", "question", "after the start", "per step", "", "pause before"], answers.map(([order, question, started, time, odd], i) =>
+    [String(order), String(name(question)), clock(started), seconds(time), odd ? "far from the usual" : "",
+      pauses.filter(([at]) => at <= order && (!i || at > answers[i - 1][0])).map(([, rest]) => clock(rest)).join(", ") || "–"]));
+}
+
+const FIGURES = { forest, scatter, category, accepted, positions, roofline, shares, pace };

@@ -138,6 +138,12 @@ function canvas(width, height, description, ...children) {
   return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": description }, ...children);
 }
 
+/** Light up what belongs together: the bar of a step and the words that it wrote. */
+function light(name) {
+  for (const node of document.querySelectorAll(".linked")) node.classList.remove("linked");
+  if (name) for (const node of document.querySelectorAll(`[data-link="${name}"]`)) node.classList.add("linked");
+}
+
 /** Show `text` beside whatever carries `data-tip`, for pointers and for the keyboard's focus alike. */
 function tooltips() {
   const tip = document.getElementById("tip");
@@ -155,12 +161,11 @@ function tooltips() {
     tip.style.left = `${left}px`;
     tip.style.top = `${above < 6 ? y + 16 : above}px`;
   };
-  const link = (event) => { // the bar of a step and the words that it wrote light up together
+  const link = (event) => {
     const target = event.target.closest && event.target.closest("[data-link]");
     const name = target && target.getAttribute("data-link");
     if (name === linked) return;
-    for (const node of document.querySelectorAll(".linked")) node.classList.remove("linked");
-    if (name) for (const node of document.querySelectorAll(`[data-link="${name}"]`)) node.classList.add("linked");
+    light(name);
     linked = name;
   };
   document.addEventListener("pointermove", show, { passive: true });

@@ -51,6 +51,20 @@ function timeline(place, answers, zoom) {
   return { longest, x };
 }
 
+/** The arrow keys go from bar to bar; what a pointer would read beside it is said below. */
+function walk(place, said) {
+  place.addEventListener("keydown", (event) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key], bars = [...place.querySelectorAll("[data-link]")];
+    if (!by || !bars.length) return;
+    event.preventDefault();
+    const at = bars.findIndex((bar) => bar.classList.contains("linked"));
+    const bar = bars[Math.min(bars.length - 1, Math.max(0, at < 0 ? 0 : at + by))];
+    light(bar.dataset.link);
+    bar.scrollIntoView({ block: "nearest", inline: "nearest" });
+    said.textContent = `${data.strategies[Number(bar.dataset.link.split("-")[0])].name}, ${bar.dataset.tip}`;
+  });
+}
+
 /** A lane in figures, for the table below the timeline. */
 function laneNumbers(strategy, part, steps) {
   const sum = (value) => String(steps.reduce((total, step) => total + value(step), 0));
