@@ -22,7 +22,7 @@ lint: .venv/.installed-dev
 	$(BIN)/mypy
 
 # A package that says what it exports has the rest of its modules named here.
-DOCUMENTED := decoding $(addprefix decoding.,backends comparison config drafting engine errors questions quality report strategies trace types) drafters prompts experiments
+DOCUMENTED := decoding $(addprefix decoding.,backends comparison config drafting engine errors options questions quality report strategies trace types) drafters prompts experiments
 
 # Tutorials and reference, made from the docstrings, in docs/site/.
 docs: .venv/.installed-docs

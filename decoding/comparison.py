@@ -20,9 +20,10 @@ from decoding.api import resolve, run
 from decoding.assembly import assembled_metrics
 from decoding.backends.base import Backend
 from decoding.backends.local import LocalBackend
-from decoding.config import DEFAULT_STRATEGIES, RunConfig, Schedule, params_to_json
+from decoding.config import DEFAULT_STRATEGIES, RunConfig, params_to_json
 from decoding.errors import InvalidRequest
 from decoding.memory import PeakMemory
+from decoding.options import Schedule
 from decoding.questions import UNCATEGORIZED, Question, load_questions
 from decoding.report import AnswerRecord, Environment, Json, RecordWriter, Run, RunHeader, environment, read_run
 from decoding.report.runfile import write_text
@@ -201,11 +202,9 @@ class _Clock:
     """Seconds since the run was created, on the wall clock: a resumed run goes on where time is, not at 0."""
 
     def __init__(self, writer: RecordWriter) -> None:
-        self._before = 0.0
-        if writer.done:
-            last = max(record.started + record.metrics.seconds for record in writer.done.values())
-            since = datetime.now(timezone.utc) - datetime.fromisoformat(writer.header.created)
-            self._before = max(last, since.total_seconds())  # never back, whatever was done to the machine's clock
+        last = max((record.started + record.metrics.seconds for record in writer.done.values()), default=0.0)
+        since = datetime.now(timezone.utc) - datetime.fromisoformat(writer.header.created)
+        self._before = max(last, since.total_seconds())  # never back, whatever was done to the machine's clock
         self._began = time.perf_counter()
 
     def seconds(self) -> float:

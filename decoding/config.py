@@ -8,10 +8,10 @@
     [params]                      # fields of `decoding.SamplingParams`
     max_new_tokens = 128
 
-    [schedule]                    # fields of `Schedule`
+    [schedule]                    # fields of `decoding.options.Schedule`
     repeats = 2
 
-    [load]                        # fields of `LoadOptions`
+    [load]                        # fields of `decoding.options.LoadOptions`
     dtype = "float32"
 
 Every key may be left out. A key that does not exist, or a value of the wrong type, is an error that names file and
@@ -23,16 +23,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
-import math
 import os
 import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from decoding.errors import InvalidRequest, UnknownName
+from decoding.models import DEFAULT_MODEL
+from decoding.options import DEFAULT_STRATEGIES, LoadOptions, Schedule
 from decoding.questions import suites
 from decoding.report.redaction import MASK, Json, mask
 from decoding.strategies import Strategy, parse
@@ -43,108 +44,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-if TYPE_CHECKING:
-    from decoding.backends.base import Backend
-    from decoding.backends.request import Endpoint
-
 T = TypeVar("T")
-
-DEFAULT_STRATEGIES = ("autoregressive", "speculative", "jacobi", "skeleton")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """In what order and how often answers are made.
-
-    repeats: times each answer is made. streams: questions answered at the same time, in one batch. warm_up:
-    short unrecorded answers of each strategy before the first recorded one. cool_down: seconds of rest before each
-    recorded turn, for machines that slow down when they get warm.
-    """
-
-    repeats: int = 1
-    streams: int = 1
-    warm_up: int = 1
-    cool_down: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, least in (("repeats", 1), ("streams", 1), ("warm_up", 0)):
-            if (value := getattr(self, name)) < least:
-                raise InvalidRequest(f"{name} must be at least {least}, not {value}.")
-        if not (math.isfinite(self.cool_down) and self.cool_down >= 0):
-            raise InvalidRequest(f"cool_down must be seconds, 0 or more, not {self.cool_down!r}.")
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How a model is loaded (see `decoding.load`), or which server has it (`decoding.OpenAIBackend`).
-
-    slots: sequences in the cache at once. api_key_env: the environment variable that holds the server's key; by
-    default OPENAI_API_KEY. endpoint … extra_body: see `decoding.OpenAIBackend`. prices: money per million prompt,
-    cached and completion tokens.
-    """
-
-    device: str | None = None
-    dtype: str | None = None
-    weights: str = "float32"
-    device_map: str | None = None
-    trust_remote_code: bool = False
-    slots: int = 32
-    capacity: int | None = None
-    base_url: str | None = None
-    api_key_env: str | None = None
-    endpoint: str = "chat"
-    concurrency: int = 32
-    timeout: float = 60.0
-    retries: int = 4
-    prefill: bool | None = None
-    warm_prefix: int = 0
-    extra_body: bool = False
-    prices: tuple[float, ...] | None = None
-
-    def load(self, model: str) -> Backend:
-        """The backend for `model`. Raises InvalidRequest, ModelError or UnknownName."""
-        if self.base_url is not None:
-            return self._server(model, self.base_url)
-        from decoding.api import load
-
-        return load(
-            model,
-            device=self.device,
-            dtype=self.dtype,
-            weights=self.weights,
-            device_map=self.device_map,
-            trust_remote_code=self.trust_remote_code,
-            slots=self.slots,
-            capacity=self.capacity,
-        )
-
-    def _server(self, model: str, base_url: str) -> Backend:
-        from decoding.backends.openai import OpenAIBackend
-
-        for name in ("device", "dtype", "device_map", "trust_remote_code", "capacity"):
-            if getattr(self, name):
-                raise InvalidRequest(f"{name} is about a local model; leave it out with base_url.")
-        key = None
-        if self.api_key_env is not None and (key := os.environ.get(self.api_key_env)) is None:
-            raise InvalidRequest("the environment variable that api_key_env names is not set; export it first.")
-        if self.prices is not None and len(self.prices) != 3:
-            raise InvalidRequest("prices are three: of prompt, cached and completion tokens.")
-        prompt_price, cached_price, completion_price = self.prices or (None, None, None)
-        return OpenAIBackend(
-            base_url,
-            model,
-            key,
-            endpoint=cast("Endpoint", self.endpoint),  # checked by the backend
-            concurrency=self.concurrency,
-            timeout=self.timeout,
-            retries=self.retries,
-            prefill=self.prefill,
-            warm_prefix=self.warm_prefix,
-            extra_body=self.extra_body,
-            prompt_price=prompt_price,
-            cached_price=cached_price,
-            completion_price=completion_price,
-        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +59,7 @@ class RunConfig:
     limit: int | None = None
     categories: tuple[str, ...] | None = None
     strategies: tuple[str, ...] = DEFAULT_STRATEGIES
-    model: str = "smollm2-135m"
+    model: str = DEFAULT_MODEL
     params: SamplingParams = field(default_factory=SamplingParams)
     schedule: Schedule = field(default_factory=Schedule)
     load: LoadOptions = field(default_factory=LoadOptions)
@@ -291,17 +191,14 @@ def _value(value: Any, hint: Any, file: str, key: str) -> Any:
         return float(value)
     if origin in (str, int, bool) and isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
         return value
-    raise InvalidRequest(f"{file}: {key} must be {_EXPECTED.get(origin, 'a table')}, not {_kind(value)}.")
+    raise InvalidRequest(f"{file}: {key} must be {_expected(hint)}, not {_kind(value)}.")
 
 
-_EXPECTED = {
-    str: "text in quotes",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    tuple: "a list of texts",
-    Sequence: "a list of texts",
-}
+def _expected(hint: Any) -> str:
+    if get_origin(hint) in (tuple, Sequence):
+        return "a list of numbers" if get_args(hint)[0] is float else "a list of texts"
+    names = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
+    return names.get(hint, "a table")
 
 
 def _kind(value: Any) -> str:

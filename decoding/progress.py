@@ -25,6 +25,7 @@ class Live:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
+            refresh_per_second=2,  # drawing takes time from the answers
         )
         answers = len(comparison.questions) * comparison.schedule.repeats
         self._all = self._progress.add_task("all answers", total=answers * len(comparison.strategies), note="")

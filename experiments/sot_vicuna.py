@@ -23,7 +23,7 @@ from statistics import median
 
 import decoding
 from decoding.cli_evaluate import print_account
-from decoding.config import LoadOptions, Schedule
+from decoding.options import LoadOptions, Schedule
 from decoding.questions import Question, load_questions
 from decoding.report import BASELINE, Run
 from experiments.sot_tables import LENGTH, SPEED, STAGE_SECONDS, STAGES, pairs, rows, table, throughput
@@ -52,13 +52,11 @@ def main() -> None:
         show(decoding.read_run(options.directory), options.directory)
         return
     questions = chosen(options.questions, options.labels, options.only_lists)[: options.limit]
-    lm = LoadOptions(
-        weights=options.weights,
-        slots=options.slots,
-        base_url=options.base_url,
-        api_key_env=options.api_key_env,
-        concurrency=options.concurrency,
-    ).load(options.model)
+    if options.base_url is None:
+        how = LoadOptions(weights=options.weights, slots=options.slots)
+    else:
+        how = LoadOptions(base_url=options.base_url, api_key_env=options.api_key_env, concurrency=options.concurrency)
+    lm = how.load(options.model)
     output = options.output or Path("runs") / f"sot-{datetime.now():%Y%m%d-%H%M%S}"
     strategies = [BASELINE, *options.strategies]
     params = decoding.SamplingParams(max_new_tokens=options.max_new_tokens)

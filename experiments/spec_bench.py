@@ -27,7 +27,7 @@ from rich.table import Table
 
 import decoding
 from decoding.comparison import Comparison, execute
-from decoding.config import Schedule
+from decoding.options import Schedule
 from decoding.questions import load_questions
 from decoding.report import BASELINE, AnswerRecord, Run, read_run
 from decoding.report.measures import first_difference

@@ -161,7 +161,7 @@ def test_a_race_without_a_terminal_prints_a_table(model: str, capsys: pytest.Cap
         (["generate", "Hi", "--model", "/no/such/folder"], "/no/such/folder"),
         (["generate", "Hi", "--max-new-tokens", "many"], "invalid int value"),
         (["generate", "Hi", "--concurrency", "4"], "concurrency is about a server"),
-        (["generate", "Hi", "--weights", "int8", "--base-url", "http://127.0.0.1:9/v1"], "weights is about a local"),
+        (["generate", "Hi", "--weights", "int8", "--base-url", "http://127.0.0.1:9/v1"], "is about a local model"),
         (["compare", "no-such-suite"], "no-such-suite"),
         (["compare", "default", "--limit", "0"], "limit"),
         (["compare", "default", "--categories", "maths"], "did you mean 'math'"),

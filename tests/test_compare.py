@@ -15,8 +15,9 @@ import pytest
 import decoding
 from decoding.backends.base import Backend, OnText
 from decoding.comparison import Comparison, execute
-from decoding.config import RunConfig, Schedule, read_run_file
+from decoding.config import RunConfig, read_run_file
 from decoding.errors import CapabilityError, InvalidRequest, RecordError
+from decoding.options import Schedule
 from decoding.questions import Question
 from decoding.report import Run, read_run, summarize
 from decoding.strategies import Strategy, TokenStrategy, parse

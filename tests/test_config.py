@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from decoding.comparison import Comparison
-from decoding.config import LoadOptions, RunConfig, Schedule, read_run_file, run_files
+from decoding.config import RunConfig, read_run_file, run_files
 from decoding.errors import InvalidRequest, UnknownName
+from decoding.options import LoadOptions, Schedule
 from decoding.types import SamplingParams
 
 FULL = RunConfig(
@@ -71,6 +72,9 @@ def test_questions_are_looked_for_beside_the_run_file(tmp_path: Path) -> None:
         ("[schedule]\nrepeats = 0", "repeats must be at least 1, not 0"),
         ("[schedule]\ncool_down = nan", "cool_down must be seconds"),
         ("[load]\ndtype = 32", "load.dtype must be text in quotes, not 32"),
+        ("[load]\nprices = 'free'", "load.prices must be a list of numbers, not the text 'free'"),
+        ("[load]\nprices = [1, 'two', 3]", "load.prices must be a number, not the text 'two'"),
+        ("categories = [1]", "categories must be text in quotes, not 1"),
         ("limit =", "not valid TOML"),
     ],
 )

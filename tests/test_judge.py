@@ -16,9 +16,9 @@ from scipy.optimize import minimize
 
 from decoding.backends.base import Backend, OnText
 from decoding.cli import main
-from decoding.config import LoadOptions
 from decoding.errors import ContextOverflow, InvalidRequest, RecordError, UnknownName
 from decoding.judge import Judge, judge_run, verdict
+from decoding.options import LoadOptions
 from decoding.report import (
     BASELINE,
     AnswerRecord,

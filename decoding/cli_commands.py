@@ -1,0 +1,194 @@
+"""What commands do: `decoding generate | compare | race | film | report | judge | assess | calibrate | models`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import datetime
+from pathlib import Path
+
+# Imports are made where they are needed: what one command uses, another should not wait for.
+from decoding.cli_options import load, params_of
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.api import generate, resolve
+    from decoding.cli_evaluate import print_account
+
+    strategy = resolve(options.strategy)
+    params = params_of(options)
+    lm = load(options, Console(stderr=True))
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    generation = generate(prompt, lm, strategy=strategy, params=params, on_text=show)
+    print()
+    if options.metrics:
+        for name, value in vars(generation.metrics).items():
+            print(f"{name:>22}  {value:.4g}", file=sys.stderr)
+        print_account(lm)
+    if generation.error is not None:
+        print(f"decoding generate: error: {generation.error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.cli_evaluate import print_account
+    from decoding.comparison import Comparison, execute
+    from decoding.config import RunConfig, read_run_file
+    from decoding.errors import InvalidRequest
+    from decoding.progress import Live
+    from decoding.report import print_summary, read_run, summarize, write_report
+
+    if options.resume is not None and (options.output is not None or options.config is not None):
+        raise InvalidRequest("--resume goes on with the run in DIR as it was; leave --output and --config out.")
+    if options.resume is not None:
+        options = options.again(RunConfig.of_header(read_run(options.resume).header.config).flat())
+    elif options.config is not None:
+        options = options.again(read_run_file(options.config).flat())
+    config = RunConfig.of_flat(vars(options))
+    comparison = Comparison.of(config)
+    output = options.resume or options.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    console = Console(stderr=True)
+    with console.status(f"loading {config.model}"):
+        lm = config.load.load(config.model)
+    try:
+        with Live(comparison, console) as live:
+            resume = options.resume is not None
+            notices = execute(comparison, lm, output, config=config, resume=resume, progress=live.update)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with: decoding compare --resume {output}", file=sys.stderr)
+        return 130
+    for notice in notices:
+        print(notice, file=sys.stderr)
+    run = read_run(output)
+    print_summary(summarize(run))
+    print_account(lm)
+    print(f"records: {output / 'records.jsonl'}\nreport:  {write_report(run, output)}")
+    return 0
+
+
+def run_race(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.api import resolve
+    from decoding.errors import InvalidRequest
+    from decoding.race import race, replay, result_table
+
+    if not options.speed > 0:
+        raise InvalidRequest(f"speed must be a positive number, not {options.speed}.")
+    strategies = [resolve(text) for text in options.strategies]
+    params = params_of(options)
+    console, errors = Console(), Console(stderr=True)
+    lm = load(options, errors)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    with errors.status("") as status:
+        lanes = race(prompt, lm, strategies, params, on_start=lambda strategy: status.update(f"{strategy} runs alone"))
+    replay(lanes, console, speed=options.speed)
+    console.print(result_table(lanes))
+    failed = [lane for lane in lanes if lane.generation.error is not None]
+    for lane in failed:
+        print(f"decoding race: error: {lane.strategy}: {lane.generation.error}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def run_film(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.api import resolve
+    from decoding.report.film import print_film, shoot, write_film
+
+    strategy = resolve(options.strategy)
+    params = params_of(options)
+    lm = load(options, Console(stderr=True))
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    film = shoot(prompt, lm, strategy=strategy, params=params)
+    print_film(film)
+    if options.output is not None:
+        print(f"film: {write_film(film, options.output)}")
+    if film.generation.error is not None:
+        print(f"decoding film: error: {film.generation.error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_report(options: argparse.Namespace) -> int:
+    from decoding import report
+
+    run = report.read_run(options.directory)
+    if options.other is not None:
+        comparison = report.compare_runs(run, report.read_run(options.other))
+        report.print_comparison(comparison)
+        for path in options.export:
+            report.export_comparison(comparison, path)
+        page = options.other if options.other.is_dir() else options.other.parent
+        print(f"report: {report.write_comparison(comparison, page / f'against-{run.name}.html')}")
+        return 0
+    summary = report.summarize(run)
+    report.print_summary(summary)
+    for path in options.export:
+        report.export(run, path, summary=summary)
+    print(f"report: {report.write_report(run, options.directory, summary=summary)}")
+    return 0
+
+
+def run_judge(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.cli_evaluate import judge
+
+    return judge(options, load(options, Console(stderr=True)))
+
+
+def run_assess(options: argparse.Namespace) -> int:
+    from decoding.cli_evaluate import assess
+
+    return assess(options)
+
+
+def run_calibrate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decoding.backends.local import LocalBackend
+    from decoding.calibrate import calibrate
+    from decoding.errors import InvalidRequest
+
+    console = Console()
+    backend = load(options, console)
+    if not isinstance(backend, LocalBackend):
+        raise InvalidRequest("a server's steps cannot be measured from here; leave --base-url out.")
+    with console.status("measuring steps; nothing else should run"):
+        result = calibrate(backend)
+    console.print(result.table())
+    if options.plot is not None:
+        result.plot(options.plot)
+        console.print(f"plot: {options.plot}")
+    return 0
+
+
+def run_models(_: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from decoding.models import aliases
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("model", "", "where"):
+        table.add_column(column, overflow="fold")
+    for alias in aliases():
+        paths = alias.paths
+        table.add_row(
+            alias.name,
+            alias.description,
+            f"not installed: {alias.install}" if paths is None else str(paths[0]),
+        )
+    Console().print(table)
+    print("Any local folder in Hugging Face's layout, .gguf file or hub id (owner/name) works too.")
+    return 0
