@@ -16,12 +16,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -31,7 +28,7 @@ from transformers import PreTrainedModel
 import decoding
 from decoding.errors import RecordError
 from decoding.questions import load_questions
-from decoding.report import environment
+from experiments.claims import RESULTS, Finding, conclude
 
 REFINERS = (
     "jacobi",
@@ -49,7 +46,6 @@ REFINERS = (
 )
 BATCH = 8
 TIE = 1e-4
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -213,22 +209,15 @@ def report(record: Record, parts: list[Part], lm: decoding.LocalBackend, options
     if left:
         print(f"{left} of {len(parts)} parts are left; the same command goes on.")
         return int(every.differing > 0)
-    result = {
-        "claim": "every exact refiner gives plain decoding's tokens, alone and in ragged batches",
-        "source": "this project's promise",
-        "measured": f"{every.differing} of {every.tokens:,} tokens differ, {every.ties} true ties; {len(found)} "
-        f"refiners, {options.limit} questions, each alone and in batches of {BATCH}",
-        "verdict": "does not hold" if every.differing else "holds",
-        "command": shlex.join(["python", "-m", "experiments.refiner_equality", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "model": lm.name,
-        "figures": {s: {way: asdict(tally) for way, tally in ways.items()} for s, ways in found.items()},
-        "environment": asdict(environment(device=str(lm.device), dtype="float32")),
-    }
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / "refiner_equality.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    print(f"{result['measured']}\nwritten: {path}")
+    finding = Finding(
+        claim="every exact refiner gives plain decoding's tokens, alone and in ragged batches",
+        source="a promise of this project",
+        measured=f"{every.differing} of {every.tokens:,} tokens differ, {every.ties} true ties; {len(found)} refiners, "
+        f"{options.limit} questions, each alone and in batches of {BATCH}",
+        verdict="does not hold" if every.differing else "holds",
+        figures={s: {way: asdict(tally) for way, tally in ways.items()} for s, ways in found.items()},
+    )
+    conclude("refiner_equality", finding, options, lm, package="experiments")
     return int(every.differing > 0)
 
 

@@ -3,6 +3,7 @@ makes of them."""
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 from pathlib import Path
 from random import Random
@@ -18,9 +19,10 @@ from decoding.engine.runner import Runner
 from decoding.errors import ModelError, RecordError, UnknownName
 from decoding.models import LoadedModel
 from decoding.strategies import Jacobi
-from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS
+from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS, load_adapter, merged, shipped_adapters
 from drafters.training.corpus import Document
 from experiments.consistency import Branch, ConsistencyLoss, Packed, Trajectory, choose, pack
+from experiments.jacobi_validation import both
 from experiments.train_jacobi import Training, train
 from experiments.trajectories import collect, follow, repetitive
 from tests.refiners import prompts
@@ -198,6 +200,35 @@ def test_the_adapted_model_decodes_beside_the_base_model_and_shares_its_tensors(
         "List", lm, strategy=f"skeleton(inner=jacobi(block_size=4, adapter='{adapter}'))", params=params
     )
     assert nested.error is None and len(lm.variants) == 1
+
+
+def test_an_adapter_in_the_package_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, params = backend(), decoding.SamplingParams(max_new_tokens=12)
+    (tmp_path / "adapters").mkdir()
+    folder = lora(tmp_path / "adapters" / "mine", lm.model)
+    by_folder = decoding.generate([5, 6, 7], lm, strategy=Jacobi(block_size=4, adapter=str(folder)), params=params)
+    monkeypatch.setattr(importlib.resources, "files", lambda _: tmp_path)
+    by_name = decoding.generate([5, 6, 7], lm, strategy="jacobi(block_size=4, adapter=mine)", params=params)
+    assert by_name.tokens == by_folder.tokens != decoding.generate([5, 6, 7], lm, params=params).tokens
+    with pytest.raises(UnknownName, match="did you mean 'mine'"):
+        decoding.generate("Hi", lm, strategy="jacobi(adapter=mime)")
+
+
+def test_a_validation_tells_the_adapted_model_from_the_base(tmp_path: Path) -> None:
+    lm = backend()
+    base, trained = both(lm, str(lora(tmp_path / "lora", lm.model)), prompts(3), 16)
+    assert (base.agreement, base.questions) == (1, 3) and trained.agreement < 1
+    assert base.tokens_per_forward >= 1 and trained.divergence < base.divergence
+    assert base.perplexity is not None and trained.perplexity is not None and base.perplexity < trained.perplexity
+
+
+def test_adapters_that_ship_are_small_and_know_their_model() -> None:
+    for name, folder in shipped_adapters().items():
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 20e6
+        adapter = load_adapter(name)
+        assert adapter.updates and adapter.fingerprint is not None
+        with pytest.raises(ModelError, match="is for another model"):
+            merged(tiny_model(), adapter)
 
 
 def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:

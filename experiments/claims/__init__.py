@@ -112,13 +112,15 @@ def crossing(gains: dict[int, float]) -> float | None:
     return None
 
 
-def conclude(name: str, finding: Finding, options: argparse.Namespace, lm: LocalBackend) -> None:
-    """Print a finding, and write it to `NAME.json` in the folder of results."""
+def conclude(
+    name: str, finding: Finding, options: argparse.Namespace, lm: LocalBackend, *, package: str = __name__
+) -> None:
+    """Print a finding, and write it to `NAME.json` in the folder of results. package: where the script lies."""
     print(f"claim:    {finding.claim} ({finding.source})\nmeasured: {finding.measured}\nverdict:  {finding.verdict}")
     where: Environment = environment(device=str(lm.device), dtype=str(lm.model.dtype).removeprefix("torch."))
     result = {
         "name": name,
-        "command": shlex.join(["python", "-m", f"experiments.claims.{name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"{package}.{name}", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "model": lm.name,
         **asdict(finding),
