@@ -90,26 +90,31 @@ class LoadOptions:
         None, "money per million tokens, to tell the cost", ("PROMPT", "CACHED", "COMPLETION")
     )
 
+    def __post_init__(self) -> None:
+        for name in ("slots", "capacity"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InvalidRequest(f"{name} must be at least 1, not {value}.")
+        if self.prices is not None and len(self.prices) != 3:
+            raise InvalidRequest(f"prices are three: of prompt, cached and completion tokens; {len(self.prices)} given.")
+
     def load(self, model: str) -> Backend:
         """The backend for `model`. Raises InvalidRequest, ModelError or UnknownName."""
         if self.base_url is not None:
             return self._server(model, self.base_url)
-        from decoding.api import load
-
         for name in self._given("server"):
             raise InvalidRequest(f"{name} is about a server; say which with base_url, or leave it out.")
+        from decoding.api import load
+
         return load(model, **{name: getattr(self, name) for name in self._names("model")})
 
     def _server(self, model: str, base_url: str) -> Backend:
-        from decoding.backends.openai import OpenAIBackend
-
         for name in self._given("model"):
             raise InvalidRequest(f"{name} is about a local model; leave it out with base_url.")
         key = None
         if self.api_key_env is not None and (key := os.environ.get(self.api_key_env)) is None:
             raise InvalidRequest("the environment variable that api_key_env names is not set; export it first.")
-        if self.prices is not None and len(self.prices) != 3:
-            raise InvalidRequest("prices are three: of prompt, cached and completion tokens.")
+        from decoding.backends.openai import OpenAIBackend
+
         prompt_price, cached_price, completion_price = self.prices or (None, None, None)
         return OpenAIBackend(
             base_url,

@@ -80,7 +80,7 @@ def test_verdicts_of_judges_have_their_place(run: Run, summary: Summary, tmp_pat
     strict, lenient = WinRate(4, 3, 1, Interval(0.375, 0.1, 0.6)), WinRate(5, 1, 2, nothing)
     verdict = Judged("a <judge>", 0, lenient, strict, nothing, agreement=0.75, first=0.5, longer=1.31, categories={})
     rows = tuple(replace(row, judged=() if row.baseline else (verdict,)) for row in summary.strategies)
-    body = write_report(run, tmp_path, summary=replace(summary, strategies=rows)).read_text()
+    body = write_report(run, tmp_path, summary=replace(summary, strategies=rows)).read_text().replace("&#39;", "'")
     assert body.count("a &lt;judge&gt;") == len(rows) - 1
     assert "+0.38 [+0.10, +0.60]" in body
     assert "<td>1.31</td>" in body
