@@ -95,7 +95,7 @@ class LoadOptions:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InvalidRequest(f"{name} must be at least 1, not {value}.")
         if self.prices is not None and len(self.prices) != 3:
-            raise InvalidRequest(f"prices are three: of prompt, cached and completion tokens; {len(self.prices)} given.")
+            raise InvalidRequest(f"prices are three, of prompt, cached and completion tokens, not {len(self.prices)}.")
 
     def load(self, model: str) -> Backend:
         """The backend for `model`. Raises InvalidRequest, ModelError or UnknownName."""

@@ -74,7 +74,7 @@ def test_questions_are_looked_for_beside_the_run_file(tmp_path: Path) -> None:
         ("[load]\ndtype = 32", "load.dtype must be text in quotes, not 32"),
         ("[load]\nprices = 'free'", "load.prices must be a list of numbers, not the text 'free'"),
         ("[load]\nprices = [1, 'two', 3]", "load.prices must be a number, not the text 'two'"),
-        ("[load]\nprices = [1, 2]", "prices are three: .* 2 given"),
+        ("[load]\nprices = [1, 2]", "prices are three, .* not 2"),
         ("[load]\nslots = 0", "slots must be at least 1, not 0"),
         ("categories = [1]", "categories must be text in quotes, not 1"),
         ("limit =", "not valid TOML"),
