@@ -69,12 +69,17 @@ class Drafter(TextForm, ABC):
         """Guess up to `lengths[i]` tokens behind `sequences[i].tokens`; an empty draft decodes plainly."""
 
     def cost(self, levels: int, sequences: int, context: float) -> float:
-        """Seconds that guessing takes, for so many levels, sequences and committed tokens in each; 0 if next to
-        nothing. Where it is not, the length of a draft is decided before it is made."""
+        """Seconds that guessing takes, for so many levels, sequences and committed tokens in each; the same at every
+        call. The length of a draft is then decided before it is made. A drafter that samples has to say it.
+
+        0 for what is small: it is measured, by the clock, and a sequence for which drafts do not pay is left alone,
+        see `engine.width`.
+        """
         return 0.0
 
     def observe(self, sequences: List[Sequence], output: Output, commits: List[Commit]) -> None:
-        """Learn from a verification: what was guessed, what the target said, what was kept."""
+        """Learn from a verification: what was guessed, what the target said, what was kept. Not called for sequences
+        that are left alone in this step."""
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""

@@ -85,7 +85,7 @@ class Eagle3(Drafter):
         return drafts
 
     def _chains(self, sequences: List[Sequence], lengths: list[int], level: Level) -> list[Draft]:
-        head = self._session.head
+        head, ids = self._session.head, self._session.tokens
         tokens: list[list[int]] = [[] for _ in sequences]
         confidence: list[list[float]] = [[] for _ in sequences]
         chances: list[list[torch.Tensor]] = [[] for _ in sequences]
@@ -108,11 +108,11 @@ class Eagle3(Drafter):
                 draws = torch.tensor([s.draws for s in members], device=logits.device)
                 choice[sampled] = draw(chance, uniforms(columns.seed, draws, _STREAM, depth + 1)[:, depth])
                 whole = chance.new_zeros(len(sampled), head.config.vocab)
-                whole[:, head.tokens] = chance
+                whole[:, ids] = chance
                 for k, row in zip(sampled, whole, strict=True):
                     chances[active[k]].append(row)
             sure = logits.gather(1, choice[:, None])[:, 0].float() - logits.float().logsumexp(-1)
-            host = torch.stack([head.tokens[choice].double(), sure.exp().double()]).tolist()
+            host = torch.stack([ids[choice].double(), sure.exp().double()]).tolist()
             for i, token, confident in zip(active, *host, strict=True):
                 tokens[i].append(int(token))
                 confidence[i].append(confident)
@@ -150,15 +150,14 @@ class Eagle3(Drafter):
         logits = level.logits.float()
         best = logits.topk(width, dim=-1)
         score = best.values - logits.logsumexp(-1, keepdim=True)
-        host = torch.stack([self._session.head.tokens[best.indices].double(), score.double()]).cpu().numpy()
+        host = torch.stack([self._session.tokens[best.indices].double(), score.double()]).cpu().numpy()
         return host[0].astype(np.int64), host[1]
 
     def cost(self, levels: int, sequences: int, context: float) -> float:
         if not self._timed:
             return 0.0
-        first, more = self._session.seconds(sequences), 0.0
-        if levels > 1:
-            more = self._session.seconds(sequences * (self.top_k if self.nodes else 1))
+        first = self._session.seconds(sequences, 1)
+        more = self._session.seconds(sequences, self.top_k if self.nodes else 1) if levels > 1 else 0.0
         return first + (levels - 1) * more
 
     def forget(self, sequence: Sequence) -> None:

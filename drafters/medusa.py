@@ -7,6 +7,8 @@ fixed tree, the branches of highest joint probability are proposed.
 from __future__ import annotations
 
 import heapq
+import math
+import time
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from decoding.engine.sequence import Sequence
 
 _STREAM = 2  # of random numbers; the verifier uses others
+_TRIALS = 5  # of a pass whose time is measured
 _RANKS = 10  # of a head's tokens that a tree may hold
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
 
@@ -47,6 +50,7 @@ class Medusa(Drafter):
     _runner: Runner = field(init=False, repr=False)
     _norm: nn.Module = field(init=False, repr=False)
     _last: int = field(default=0, init=False, repr=False)  # decoder layer
+    _seconds: dict[int, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.nodes, int) or self.nodes < 0:
@@ -88,6 +92,23 @@ class Medusa(Drafter):
         hidden = features[[s.slot for s in sequences], [len(s.tokens) - 2 for s in sequences], column]
         logits: torch.Tensor = self._heads(self._norm(hidden))
         return logits
+
+    @torch.inference_mode()
+    def cost(self, levels: int, sequences: int, context: float) -> float:
+        """However many levels: the heads guess all at once. Measured once for every power of two of sequences."""
+        if levels > self._heads.config.heads:
+            return math.inf
+        size = max(sequences - 1, 0).bit_length()
+        if size not in self._seconds:
+            width = self._heads.config.target_hidden_size
+            hidden = torch.ones(1 << size, width, dtype=self._heads.output.weight.dtype, device=self._runner.device)
+            times = []
+            for _ in range(_TRIALS):
+                began = time.perf_counter()
+                self._heads(self._norm(hidden)).float().softmax(-1).max(-1).values.tolist()
+                times.append(time.perf_counter() - began)
+            self._seconds[size] = min(times)
+        return self._seconds[size]
 
     def _chain(self, sequence: Sequence, logits: torch.Tensor) -> Draft:
         """A guess per head: the likeliest, or one drawn from its distribution."""

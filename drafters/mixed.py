@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 from decoding import drafting
 from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block
-from decoding.engine.width import Calibration, Width, pruned
+from decoding.engine.calibration import Calibration
+from decoding.engine.width import LEAST_SURVIVAL, Width, pruned
 from decoding.errors import InvalidRequest
 from decoding.textform import split_outside
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from decoding.engine.block import Commit
     from decoding.engine.output import Output
     from decoding.engine.sequence import Sequence
+
+_LEFT_OUT = -2  # no node of the tree
 
 
 @dataclass(eq=False)
@@ -36,7 +39,7 @@ class Mixed(Drafter):
     nodes: guesses per step and sequence, at most.
     """
 
-    drafters: str | List[str | Drafter] = "prompt-lookup+suffix+token-recycling"
+    drafters: str | List[str | Drafter] = "suffix+token-recycling"
     nodes: int = 24
 
     name: ClassVar[str] = "mixed"
@@ -45,6 +48,7 @@ class Mixed(Drafter):
     _members: list[Drafter] = field(init=False, repr=False)
     _records: list[Calibration] = field(init=False, repr=False)
     _widths: dict[int, Width] = field(default_factory=dict, init=False, repr=False)  # of members that take time
+    _read: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # tokens that the records have judged
 
     def __post_init__(self) -> None:
         listed = split_outside(self.drafters, "+") if isinstance(self.drafters, str) else self.drafters
@@ -65,23 +69,34 @@ class Mixed(Drafter):
         }
 
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
+        for sequence in sequences:
+            self._judge(sequence)
         trees = [_Tree() for _ in sequences]
         for place, (member, record) in enumerate(zip(self._members, self._records, strict=True)):
             limits = self._widths[place].lengths(member, sequences) if place in self._widths else lengths
             asked = [min(a, b) for a, b in zip(lengths, limits, strict=True)]
             for sequence, tree, draft in zip(sequences, trees, member.propose(sequences, asked), strict=True):
                 if draft.block:
-                    tree.graft(draft.block, record.chances(sequence.id, draft), member.name)
-                    record.watch(sequence.id, draft)
+                    chances, _ = record.judge(sequence.id, draft, LEAST_SURVIVAL)
+                    record.watch(sequence.id, draft, chances)
+                    tree.graft(draft.block, chances, member.name)
         return [tree.best(self.nodes) for tree in trees]
 
     def observe(self, sequences: List[Sequence], output: Output, commits: List[Commit]) -> None:
-        for member, record in zip(self._members, self._records, strict=True):
+        for member in self._members:
             member.observe(sequences, output, commits)
-            for sequence, commit in zip(sequences, commits, strict=True):
-                record.learn(sequence.id, commit.tokens)
+
+    def _judge(self, sequence: Sequence) -> None:
+        """Hold the drafts against what the text has gained since, some of it maybe while nobody was asked."""
+        tokens = sequence.tokens[self._read.get(sequence.id, len(sequence.tokens)) :]
+        self._read[sequence.id] = len(sequence.tokens)
+        if tokens:
+            for record in self._records:
+                record.learn(sequence.id, tokens)
 
     def forget(self, sequence: Sequence) -> None:
+        self._judge(sequence)
+        del self._read[sequence.id]
         for member, record in zip(self._members, self._records, strict=True):
             member.forget(sequence)
             record.forget(sequence.id)
@@ -107,9 +122,12 @@ class _Tree:
         self._places: dict[tuple[int, int], int] = {}  # (parent, token) → node
 
     def graft(self, block: Block, chances: List[float], source: str) -> None:
-        """Add a draft; [guesses] chances of each if its parent is right."""
+        """Add a draft; [guesses] chances of each if its parent is right, 0 for those that are left out."""
         nodes: list[int] = []
         for i, (token, chance) in enumerate(zip(block.tokens, chances, strict=True)):
+            if not chance:
+                nodes.append(_LEFT_OUT)
+                continue
             above = i - 1 if block.parents is None else block.parents[i]
             parent = nodes[above] if above >= 0 else -1
             node = self._places.setdefault((parent, token), len(self.tokens))

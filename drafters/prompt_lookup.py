@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from decoding.drafting import Draft, Drafter
@@ -80,6 +81,7 @@ class _Index:
         return 0
 
 
+@cache
 def match_worth(matched: int) -> float:
     """A first guess at the chance that what followed `matched` tokens the last time follows them again. A guess that
     comes true lengthens the match, so that the next one is worth more."""
@@ -97,4 +99,6 @@ def _matched(tokens: List[int], at: int) -> int:
 def _continuation(tokens: List[int], start: int, length: int) -> list[int]:
     """`length` tokens from `start` on; past the end of the text, the repetition goes on."""
     period = len(tokens) - start
+    if period >= length:
+        return list(tokens[start : start + length])
     return [tokens[start + i % period] for i in range(length)]

@@ -116,11 +116,19 @@ class Suffix(Drafter):
     def _best(self, text: np.ndarray, size: int, end: np.ndarray, length: int, *, grows: bool) -> _Guess:
         """The best guess over all lengths of match in text[:size] with the last tokens, `end` (last token first)."""
         after = np.flatnonzero(text[:size] == end[0]) + 1  # where occurrences continue
+        if not grows:
+            after = after[text[after] != _BREAK]  # they do not at the end of a text, such as this one's own
         matches: list[tuple[int, int, np.ndarray]] = []
-        for matched in range(1, len(end) + 1):
-            if not len(after):
-                break
-            longer = after[text[after - matched - 1] == end[matched]] if matched < len(end) else after[:0]
+        matched = 0
+        while len(after):
+            matched += 1
+            if len(after) == 1:
+                at = int(after[0])
+                while matched < len(end) and text[at - matched - 1] == end[matched]:
+                    matched += 1
+                longer = after[:0]
+            else:
+                longer = after[text[after - matched - 1] == end[matched]] if matched < len(end) else after[:0]
             if len(longer) < len(after):  # else the longer match says the same with more confidence
                 matches.append((matched, min(length, int(self.factor * matched)), after[-_SAMPLE:]))
             after = longer
@@ -128,7 +136,10 @@ class Suffix(Drafter):
         for matched, limit, after in reversed(matches):
             if best.score >= limit:
                 break  # no guess of a shorter match can promise more
-            guess = self._follow(text, size, after, limit, matched, grows)
+            if len(after) == 1:
+                guess = _copy(text, size, int(after[0]), limit, matched, grows)
+            else:
+                guess = self._follow(text, size, after, limit, matched, grows)
             best = guess if guess.score > best.score else best
         return best
 
@@ -170,6 +181,19 @@ class Suffix(Drafter):
         """Drop the ended answers, but for a memory that was asked for by its `path`."""
         if self.path is None:
             self._answers = _Answers(self.memory)
+
+
+def _copy(text: np.ndarray, size: int, at: int, limit: int, matched: int, grows: bool) -> _Guess:
+    """What `Suffix._follow` says of a single occurrence, that goes on at text[at]: what stands there."""
+    if grows:
+        tokens = text[at : min(at + limit, size + 1)].tolist()
+        period = len(tokens)
+        tokens += [tokens[i % period] for i in range(period, limit)]  # behind the text's end it comes again
+    else:
+        tokens = text[at : at + limit].tolist()
+        if _BREAK in tokens:
+            tokens = tokens[: tokens.index(_BREAK)]
+    return _Guess(tokens, [match_worth(matched + i) for i in range(len(tokens))], float(len(tokens)))
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
 """Measured tokens per pass against the law for independent guesses, (1 - α^(γ + 1)) / (1 - α) (Leviathan et al. 2023).
 
-    python -m experiments.acceptance_theory [QUESTIONS] [--drafter suffix] [--lengths 1 2 4 8 12] --output PLOT.svg
+    python -m experiments.acceptance_theory [QUESTIONS] [--drafter suffix] [--lengths 1 2 4 8 12] [--output PLOT.svg]
 
 A drafter guesses γ tokens in a row, γ fixed, over the questions of a file. α is the share of guesses that were right
 among those that were reached, pooled over all of them; the law then says how many tokens a pass gains if every guess
 is right with chance α, independently of the others. Guesses that come in runs, right after right, break that, and how
-far is what this shows. Passes whose draft was shorter than γ are left out.
+far is what this shows. Passes whose draft was shorter than γ are left out. The interval is bootstrapped over answers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import decoding
 from decoding.questions import load_questions
+from decoding.report.statistics import bootstrap, ratio_of_sums
 from decoding.trace import Step
 
 
@@ -35,13 +37,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Point:
-    """Passes with drafts of one length. alpha: right guesses ÷ guesses reached. measured, expected: tokens per pass."""
+    """Passes with drafts of one length. alpha: right guesses ÷ guesses reached. measured, expected: tokens per pass.
+    interval: of `measured`, 95 %; None if there are too few answers."""
 
     length: int
     passes: int
     alpha: float
     measured: float
     expected: float
+    interval: tuple[float, float] | None = None
 
 
 def law(alpha: float, length: float) -> float:
@@ -60,12 +64,26 @@ def counts(trace: Iterable[Step], length: int) -> Counts:
     )
 
 
-def point(trace: Iterable[Step], length: int) -> Point:
-    """What the passes of a trace that drafted `length` tokens say."""
-    found = counts(trace, length)
-    alpha = found.right / found.reached if found.reached else 0.0
-    gained = found.gained / found.passes if found.passes else 0.0
-    return Point(length, found.passes, alpha, gained, law(alpha, length))
+def point(traces: Sequence[Iterable[Step]], length: int) -> Point:
+    """What the passes of some answers that drafted `length` tokens say."""
+    answers = [
+        [step for step in trace if not step.prefill and step.drafted == length and step.committed] for trace in traces
+    ]
+    passes = [step for answer in answers for step in answer]
+    right = sum(step.accepted for step in passes)
+    reached = sum(min(step.accepted + 1, length) for step in passes)
+    alpha = right / reached if reached else 0.0
+    some = [answer for answer in answers if answer]
+    gained = [sum(step.accepted + 1 for step in answer) for answer in some]
+    mean = bootstrap(ratio_of_sums, gained, [len(answer) for answer in some])
+    return Point(
+        length,
+        len(passes),
+        alpha,
+        mean.estimate if passes else 0.0,
+        law(alpha, length),
+        None if math.isnan(mean.low) else (mean.low, mean.high),
+    )
 
 
 def main() -> None:
@@ -78,7 +96,12 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--output", type=Path, required=True, help="the plot (SVG); its figures go beside it as .json")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results" / "acceptance_theory.svg",
+        help="the plot (SVG); its figures go beside it as .json",
+    )
     options = parser.parse_args()
 
     lm = decoding.load(options.model, slots=options.streams)
@@ -89,11 +112,12 @@ def main() -> None:
         strategy = decoding.Speculative(drafter=options.drafter, draft_length=length)
         lm.forget()
         generations = decoding.generate(prompts, lm, strategy=strategy, params=params)
-        points.append(point((step for generation in generations for step in generation.trace), length))
+        points.append(point([generation.trace for generation in generations], length))
         found = points[-1]
         print(
-            f"γ = {length:2}: α = {found.alpha:.3f} over {found.passes} passes; {found.measured:.2f} tokens per pass, "
-            f"{found.expected:.2f} by the law ({found.measured / found.expected:.2f})"
+            f"γ = {length:2}: α = {found.alpha:.3f} over {found.passes} passes; {found.measured:.2f} tokens per pass"
+            + ("" if found.interval is None else f" [{found.interval[0]:.2f}, {found.interval[1]:.2f}]")
+            + f", {found.expected:.2f} by the law ({found.measured / found.expected:.2f})"
             if found.passes
             else f"γ = {length:2}: no pass drafted so many tokens",
             flush=True,
@@ -108,7 +132,7 @@ def plot(points: Sequence[Point], drafter: str, path: Path) -> None:
     """Both against γ, as SVG, and the law for some fixed α behind them."""
     width, height, left, below, room = 640, 420, 56, 48, 24
     longest = max(each.length for each in points)
-    highest = max(2.0, *(1.1 * max(each.measured, each.expected) for each in points))
+    highest = max(2.0, *(1.1 * max(each.measured, each.expected, *(each.interval or ())) for each in points))
 
     def place(length: float, tokens: float) -> str:
         x = left + length / longest * (width - left - 2 * room)
@@ -141,6 +165,10 @@ def plot(points: Sequence[Point], drafter: str, path: Path) -> None:
             f'<circle cx="{x}" cy="{y}" r="3.5" fill="{color}"/>' for x, y in (place(*v).split(",") for v in values)
         ]
         parts.append(label((0, highest), name, f'fill="{color}"', 14, 14 + 18 * (dash != "")))
+    for p in points:
+        if p.interval is not None:
+            bar = [(float(p.length), tokens) for tokens in p.interval]
+            parts.append(line(bar, 'stroke="#0b62a3" stroke-width="6" stroke-opacity="0.25"'))
     parts.append(label((longest / 2, 1), "guesses in a row, γ", 'text-anchor="middle"', 0, 38))
     parts.append(
         f'<text transform="translate(16 {height / 2}) rotate(-90)" text-anchor="middle">tokens per pass</text>'

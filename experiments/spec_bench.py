@@ -1,13 +1,18 @@
 """Speculative decoding over a file in Spec-Bench's format (Xia et al. 2024), at several batch sizes.
 
     python -m experiments.spec_bench QUESTIONS.jsonl --drafters mixed suffix "draft-model(model=NAME)" \
-        [--model smollm2-135m] [--batches 1 4 8 16] [--max-new-tokens 128] [--temperature 0] --output DIR
+        [--batches 1 4 8 16] [--per-task 2] [--temperature 0] [--transformers] --output DIR
 
 Plain decoding and every drafter take turns within each group of questions. DIR/batch-N holds the records of a run
 (`decoding report` reads them, and the same command again resumes one), DIR/answers/N/NAME.jsonl the answers as
-Spec-Bench writes them. Printed are Spec-Bench's tasks: speed-up over plain decoding, (Σ tokens ÷ Σ seconds) ÷ the same
-of plain decoding, with a 95 % interval bootstrapped over questions; acceptance length, tokens per target pass with the
-bonus token; and how many answers, and tokens before their first difference, are plain decoding's own.
+Spec-Bench writes them, and experiments/results/spec_bench.json the figures. Printed are Spec-Bench's tasks: speed-up
+over plain decoding, (Σ tokens ÷ Σ seconds) ÷ the same of plain decoding, with a 95 % interval bootstrapped over
+questions; acceptance length, tokens per target pass with the bonus token; and how many answers, and tokens before
+their first difference, are plain decoding's own.
+
+With --transformers, transformers' `generate` makes answers of the same lengths to the same prompts with one stream,
+in float32, by itself, with prompt lookup and with the model's first layers as assistant; and every strategy is held
+against the fastest of these.
 """
 
 from __future__ import annotations
@@ -15,10 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
+import sys
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -26,46 +34,54 @@ from rich.console import Console
 from rich.table import Table
 
 import decoding
+from decoding.backends.local import LocalBackend
 from decoding.comparison import Comparison, execute
 from decoding.options import Schedule
-from decoding.questions import load_questions
-from decoding.report import BASELINE, AnswerRecord, Run, read_run
+from decoding.questions import Question, load_questions
+from decoding.report import BASELINE, AnswerRecord, Run, environment, read_run
 from decoding.report.measures import first_difference
 from decoding.report.statistics import Interval, bootstrap, ratio_of_rates
 from decoding.strategies import Speculative, Strategy
+from decoding.trace import Metrics
+from decoding.types import Message
+from experiments.peers.__main__ import Peer
 
 MT_BENCH = frozenset({"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"})
 """Categories that Spec-Bench counts as one task, multi-turn conversation."""
 
+MODES = ("plain", "lookup", "assisted")
+"""Of transformers."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", help="a file in Spec-Bench's format, or a suite's name")
-    parser.add_argument("--drafters", nargs="+", default=["mixed"], help="drafters, or strategies, in text form")
+    parser.add_argument("questions", nargs="?", default="default", help="a file in Spec-Bench's format, or a suite")
+    parser.add_argument(
+        "--drafters",
+        nargs="+",
+        default=["prompt-lookup", "suffix", "mixed"],
+        help="drafters, or strategies, in text form (%(default)s)",
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--weights", default="float32", help="float32 or int8 (%(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16], help="(%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--limit", type=int, help="questions, from the start of the file")
-    parser.add_argument("--per-task", type=int, help="questions of each task, from its start")
+    parser.add_argument("--per-task", type=int, default=2, help="questions of each task; 0 for all (%(default)s)")
     parser.add_argument("--capacity", type=int, default=2048)
+    parser.add_argument(
+        "--transformers", nargs="*", choices=MODES, help="hold against transformers, in these modes (all of them)"
+    )
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "spec_bench.json")
     options = parser.parse_args()
 
-    questions = load_questions(options.questions, limit=options.limit)
-    if options.per_task is not None:
-        counts: dict[str, int] = {}
-        kept = []
-        for question in questions:
-            counts[task(question.category)] = counts.get(task(question.category), 0) + 1
-            if counts[task(question.category)] <= options.per_task:
-                kept.append(question)
-        questions = kept
+    questions = chosen(load_questions(options.questions), options.per_task)
     strategies = [decoding.resolve(BASELINE), *(strategy(text) for text in options.drafters)]
     params = decoding.SamplingParams(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
     lm = decoding.load(options.model, weights=options.weights, slots=max(options.batches), capacity=options.capacity)
     console = Console()
+    figures: dict[str, dict[str, dict[str, object]]] = {}
     for batch in options.batches:
         directory = options.output / f"batch-{batch}"
         comparison = Comparison(questions, strategies, params, Schedule(streams=batch))
@@ -73,9 +89,93 @@ def main() -> None:
         run = read_run(directory)
         for number, name in enumerate(run.strategies):
             write_answers(run, name, options.output / "answers" / str(batch) / f"{number}-{_slug(name)}.jsonl")
+        own = run.strategies
+        if batch == 1 and options.transformers is not None:
+            run = beside_transformers(run, questions, lm, options.transformers or MODES)
         console.print(table(run, f"{batch} {'stream' if batch == 1 else 'streams'}, {lm.name}"))
-        for name in run.strategies[1:]:
+        figures[str(batch)] = {name: {key: asdict(row) for key, row in rows(run, name).items()} for name in own}
+        for name in own[1:]:
             print(f"{name}: {equality(run, name)}", flush=True)
+        if theirs := fastest([name for name in run.strategies if name not in own], run):
+            for name in own:
+                row = rows(run, name, theirs)["overall"].speedup
+                figures["1"][name][f"over {theirs}"] = asdict(row)
+                print(f"{name}: {_times(row)} as fast as {theirs}, over all questions", flush=True)
+    result = {
+        "command": shlex.join(["python", "-m", "experiments.spec_bench", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "model": lm.name,
+        "options": {key: value for key, value in vars(options).items() if key not in ("results", "output")},
+        "environment": asdict(environment(device=str(lm.device), dtype=str(lm.model.dtype).removeprefix("torch."))),
+        "batches": figures,
+    }
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"figures: {options.results}")
+
+
+def chosen(questions: Sequence[Question], per_task: int) -> list[Question]:
+    """The first questions of each task; all of them for 0."""
+    counts: dict[str, int] = {}
+    kept = []
+    for question in questions:
+        name = task(question.category)
+        counts[name] = counts.get(name, 0) + 1
+        if not per_task or counts[name] <= per_task:
+            kept.append(question)
+    return kept
+
+
+def beside_transformers(run: Run, questions: Sequence[Question], lm: LocalBackend, modes: Sequence[str]) -> Run:
+    """The run with answers of transformers' `generate` added: in every turn as many tokens as plain decoding made,
+    behind the same prompt. Of these, only the time is kept."""
+    plain = {record.question_id: record for record in run if record.strategy == BASELINE and not record.failed}
+    peers = [Peer(f"transformers:{mode}") for mode in modes]
+    made: list[AnswerRecord] = []
+    try:
+        for peer in peers:
+            peer.start(Path(), lm.model.name_or_path, "")
+            peer.ask([], [[1] * 8], 8, record=False)
+            if peer.absent:
+                print(f"{peer.name} is absent: {peer.absent}")
+        for question in questions:
+            if question.id in plain:
+                turns = list(_prompts(question, plain[question.id], lm))
+                made += [record for peer in peers if (record := _timed(peer, plain[question.id], turns)) is not None]
+    finally:
+        for peer in peers:
+            peer.stop()
+    return replace(run, records=(*run.records, *made))
+
+
+def _prompts(question: Question, record: AnswerRecord, lm: LocalBackend) -> Iterable[tuple[list[int], int]]:
+    """Of every turn: the prompt, earlier answers included, and how many tokens followed."""
+    messages: list[Message] = []
+    for text, said, (_, count, _) in zip(question.turns, record.turns or [record.text], _by_turn(record), strict=False):
+        messages.append({"role": "user", "content": text})
+        yield lm.encode(messages), count
+        messages.append({"role": "assistant", "content": said})
+
+
+def _timed(peer: Peer, plain: AnswerRecord, turns: Sequence[tuple[list[int], int]]) -> AnswerRecord | None:
+    """What it takes a peer; None if it fails."""
+    seconds = 0.0
+    for ids, count in turns:
+        known = len(peer.rates.get(1, []))
+        peer.ask([], [ids], count, record=True)
+        if len(peer.rates.get(1, [])) == known:
+            print(f"{peer.name} failed: {peer.absent or peer.notes.get(1, 'no answer')}")
+            return None
+        seconds += count / peer.rates[1][-1]
+    tokens = sum(count for _, count in turns)
+    metrics = Metrics(seconds=seconds, new_tokens=tokens)
+    return replace(plain, strategy=peer.name, text="", tokens=(), metrics=metrics, trace=(), parts={}, turns=())
+
+
+def fastest(names: Sequence[str], run: Run) -> str | None:
+    """Of these strategies, the one with the most tokens per second."""
+    rates = {name: rows(run, name).get("overall") for name in names}
+    return max((row.tokens_per_second, name) for name, row in rates.items() if row)[1] if any(rates.values()) else None
 
 
 def strategy(text: str) -> Strategy:
@@ -98,9 +198,9 @@ class Row:
     tokens_per_second: float
 
 
-def rows(run: Run, name: str) -> dict[str, Row]:
-    """Per task, and "overall"; questions that both this strategy and plain decoding have answered."""
-    plain = {(r.question_id, r.repeat): r for r in run if r.strategy == BASELINE and not r.failed}
+def rows(run: Run, name: str, base: str = BASELINE) -> dict[str, Row]:
+    """Per task, and "overall"; questions that both this strategy and `base` have answered."""
+    plain = {(r.question_id, r.repeat): r for r in run if r.strategy == base and not r.failed}
     pairs = [
         (record, plain[record.question_id, record.repeat])
         for record in run
@@ -140,8 +240,12 @@ def table(run: Run, title: str) -> Table:
 
 
 def _cell(row: Row) -> str:
-    interval = "" if np.isnan(row.speedup.low) else f" [{row.speedup.low:.2f}, {row.speedup.high:.2f}]"
-    return f"{row.speedup.estimate:.2f}×{interval}\n{row.length:.2f}"
+    return f"{_times(row.speedup)}\n{row.length:.2f}" if row.length else _times(row.speedup)
+
+
+def _times(interval: Interval) -> str:
+    known = "" if np.isnan(interval.low) else f" [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{interval.estimate:.2f}×{known}"
 
 
 def equality(run: Run, name: str) -> str:

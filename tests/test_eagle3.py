@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Sequence as List
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, Qwen3Config
 
 import decoding
 from decoding import drafting
@@ -27,7 +29,8 @@ from decoding.types import SamplingParams
 from drafters.eagle3 import Eagle3
 from drafters.heads import fitting
 from drafters.heads.checkpoint import read_head, write_head
-from drafters.heads.eagle import Eagle3Head
+from drafters.heads.eagle import Eagle3Head, Rotation
+from drafters.heads.joined import JoinedLayer
 from tests.heads import SMALL, random_head, slow_draft
 from tests.test_drafters import KeepsTheFirstGuess, accepted, chi_square
 from tests.test_engine import greedy_reference, run
@@ -119,6 +122,24 @@ def test_drafts_are_what_the_head_says_of_a_plain_forwards_hidden_states(shape: 
                 if [int(head.tokens[index])] not in paths:
                     assert chance <= min(scores) + 1e-4, "a likelier guess was left out"
     assert any(len(draft.block) > 1 for _, _, draft in drafter.log)
+
+
+def test_a_step_is_the_same_whichever_slots_are_drafted_for(tmp_path: Path) -> None:
+    """Slots of a range are read where they lie, in any order of the sequences, others are gathered."""
+    backend = small_backend()
+    write_head(random_head(backend.model), tmp_path)
+    drafter = recorded(tmp_path, backend, TREE)
+    decoder = SpeculativeDecoder(drafter, 3)
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    sequences = [backend.engine.submit(prompt, params, decoder) for prompt in small_prompts(4)]
+    for _ in range(4):
+        backend.engine.step()
+    alone = [drafter.propose([sequence], [3])[0] for sequence in sequences]
+    for members in ([0, 1, 2, 3], [3, 1, 0, 2], [3, 0], [0, 2]):
+        drafts = drafter.propose([sequences[i] for i in members], [3] * len(members))
+        for i, draft in zip(members, drafts, strict=True):
+            assert draft.block == alone[i].block
+            assert draft.confidence == pytest.approx(alone[i].confidence, abs=1e-5)
 
 
 def test_a_head_that_missed_the_prompt_does_no_harm(tmp_path: Path) -> None:
@@ -251,6 +272,29 @@ def test_safeailabs_layout_is_read(tmp_path: Path) -> None:
     same_head(head, found)
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama with biases", "qwen3"])
+def test_the_joined_layer_computes_what_the_layer_does(kind: str) -> None:
+    config = random_head(tiny_model(**SMALL)).config
+    sizes = {name: getattr(config.layer, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    biases = {"attention_bias": True, "mlp_bias": True} if "biases" in kind else {}
+    layer = Qwen3Config(**sizes) if kind == "qwen3" else LlamaConfig(**sizes, **biases)
+    torch.manual_seed(0)
+    head = Eagle3Head(replace(config, layer=layer)).requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    joined, rotate = JoinedLayer(head, 32), Rotation(head.config, 32, torch.device("cpu"))
+    embedding, hidden, attended = torch.randn(2, 3, 32), torch.randn(2, 3, 32), torch.randn(2, 3, 4, 8)
+    at = torch.tensor([[0, 5, 9], [31, 2, 2]])
+    both, residual = head.layer.enter(embedding, hidden)
+    key, value = head.layer.self_attn.key_value(both)
+    expected = (rotate(head.layer.self_attn.query(both), at), rotate(key, at), value, residual)
+    for ours, theirs in zip(joined.enter(embedding, hidden, at), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert torch.allclose(joined.leave(residual, attended), head.layer.leave(residual, attended), atol=1e-5)
+    assert not torch.allclose(joined.enter(embedding, hidden, at + 1 - at)[0], expected[0], atol=1e-3)
+
+
 def damage(folder: Path, how: str) -> None:
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -264,6 +308,15 @@ def damage(folder: Path, how: str) -> None:
     elif how == "misshapen":
         weights["norm.weight"] = weights["norm.weight"][:-1].clone()
         save_file(weights, file)
+    elif how == "not finite":
+        weights["norm.weight"][0] = float("nan")
+        save_file(weights, file)
+    elif how == "strange tokens":
+        weights["d2t"][-1] = 99
+        save_file(weights, file)
+    elif how == "strange layer":
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, "eagle_aux_hidden_state_layer_ids": [1, 9]}))
     elif how == "no weights":
         file.unlink()
     elif how == "no config":
@@ -279,6 +332,9 @@ def damage(folder: Path, how: str) -> None:
         ("no header", "damaged or cut short"),
         ("missing", "fc.weight"),
         ("misshapen", "norm.weight is misshapen"),
+        ("not finite", "norm.weight .* damaged"),
+        ("strange tokens", "outside its vocabulary"),
+        ("strange layer", "layer 9, and the model has 3 layers"),
         ("no weights", "holds no weights"),
         ("no config", "no config.json"),
         ("bad config", "cannot be read"),
@@ -339,6 +395,9 @@ def test_drafting_has_a_measured_cost_where_steps_have(tmp_path: Path) -> None:
     drafter.attach(backend)
     one, three = drafter.cost(1, 1, 50.0), drafter.cost(3, 1, 50.0)
     assert one == three == 0 or 0 < one < three
+    tree = Eagle3(str(tmp_path), nodes=7, top_k=3)
+    tree.attach(backend)
+    assert tree.cost(3, 20, 50.0) > 0, "more sequences than there are slots"
 
 
 def test_commit_without_verification_is_noticed(tmp_path: Path) -> None:

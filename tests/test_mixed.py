@@ -68,6 +68,17 @@ def test_a_request_learns_whom_to_trust() -> None:
     assert mixed.propose([other], [1])[0].sources == ["liar"]
 
 
+def test_drafts_are_held_against_the_text_even_if_nobody_was_asked_for_a_while() -> None:
+    mixed, sequence = Mixed([Always("a", [2], 0.3)]), text([9])
+    for _ in range(20):
+        mixed.propose([sequence], [1])
+        sequence.tokens += [2, 5, 5]  # the last two in steps of which it was not told
+    (draft,) = mixed.propose([sequence], [1])
+    assert draft.confidence is not None and draft.confidence[0] > 0.8
+    mixed.forget(sequence)
+    assert not mixed._read
+
+
 def test_mixed_is_named_with_its_members_and_their_options() -> None:
     form = "speculative(drafter=mixed(drafters=suffix(depth=12, factor=2)+token-recycling, nodes=8))"
     strategy = decoding.resolve(form)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -40,7 +41,9 @@ def test_spec_bench_writes_answers_tables_and_equality(
 ) -> None:
     file = tmp_path / "question.jsonl"
     file.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    figures = tmp_path / "results" / "figures.json"
     arguments = (str(file), "--drafters", "suffix", "speculative(draft_length=3)", "--batches", "1", "2")
+    arguments += ("--results", str(figures))
     call(monkeypatch, spec_bench, *arguments, "--max-new-tokens", "8", "--output", str(tmp_path / "out"))
     printed = capsys.readouterr().out
     assert "mt_bench" in printed and "3 of 3 answers identical" in printed and "0 of" in printed
@@ -66,7 +69,55 @@ def test_spec_bench_writes_answers_tables_and_equality(
     run = read_run(tmp_path / "out" / "batch-1")
     rows = spec_bench.rows(run, run.strategies[1])
     assert list(rows) == ["mt_bench", "qa", "overall"] and rows["overall"].length >= 1
+    written = json.loads(figures.read_text())
+    assert written["batches"]["1"][run.strategies[1]]["qa"]["length"] == pytest.approx(rows["qa"].length)
     call(monkeypatch, spec_bench, *arguments, "--max-new-tokens", "8", "--output", str(tmp_path / "out"))
+
+
+class FakePeer:
+    """Takes a tenth of a second per token, or half of that."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.absent, self.rates, self.notes = name, "", {}, {}  # type: ignore[var-annotated]
+        self.asked: list[tuple[list[int], int]] = []
+        self.peers.append(self)
+
+    peers: ClassVar[list[FakePeer]] = []
+
+    def start(self, *_: object) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def ask(self, texts: list[str], ids: list[list[int]], tokens: int, record: bool) -> None:
+        if record:
+            self.asked.append((ids[0], tokens))
+            self.rates.setdefault(1, []).append(20.0 if self.name.endswith("lookup") else 10.0)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_transformers_answers_the_same_prompts_at_the_same_lengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(spec_bench, "Peer", FakePeer)
+    monkeypatch.setattr(FakePeer, "peers", [])
+    file, figures = tmp_path / "question.jsonl", tmp_path / "figures.json"
+    file.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    arguments = (str(file), "--drafters", "suffix", "--batches", "1", "--transformers", "plain", "lookup")
+    output = ("--results", str(figures), "--output", str(tmp_path / "out"))
+    call(monkeypatch, spec_bench, *arguments, "--max-new-tokens", "8", *output)
+    run = read_run(tmp_path / "out" / "batch-1")
+    plain = [r for r in run if r.strategy == "autoregressive"]
+    for peer in FakePeer.peers:
+        assert [count for _, count in peer.asked] == [
+            metrics.new_tokens for r in plain for metrics in ([p.metrics for p in r.parts.values()] or [r.metrics])
+        ]
+    (first, _), (second, _), *_ = FakePeer.peers[0].asked
+    assert len(second) > len(first), "the second turn sees the first and its answer"
+    tokens = sum(r.metrics.new_tokens for r in plain)
+    rate = tokens / sum(r.metrics.seconds for r in plain)
+    over = json.loads(figures.read_text())["batches"]["1"]["autoregressive"]["over transformers:lookup"]
+    assert over["estimate"] == pytest.approx(rate / 20.0), "held against the faster of the two"
+    assert "as fast as transformers:lookup" in capsys.readouterr().out
 
 
 def test_a_difference_is_counted() -> None:
@@ -82,8 +133,10 @@ def test_a_difference_is_counted() -> None:
 def test_the_law_of_acceptance() -> None:
     assert acceptance_theory.law(0.5, 2) == pytest.approx(1.75) and acceptance_theory.law(1.0, 4) == 5
     trace = [step(0, drafted=2, committed=3), step(1, drafted=2, committed=1), step(2), step(3, prefill=True)]
-    found = acceptance_theory.point(trace, 2)
-    assert (found.passes, found.alpha, found.measured) == (2, 2 / 3, 2.0)
+    found = acceptance_theory.point([trace], 2)
+    assert (found.passes, found.alpha, found.measured, found.interval) == (2, 2 / 3, 2.0, None)
+    many = acceptance_theory.point([trace, trace[1:], *[trace] * 8], 2)
+    assert many.interval is not None and many.interval[0] < many.measured < many.interval[1]
 
 
 @pytest.mark.usefixtures("tiny")

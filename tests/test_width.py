@@ -14,16 +14,17 @@ import torch
 from decoding.backends.local import LocalBackend
 from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block
+from decoding.engine.calibration import Calibration
 from decoding.engine.engine import Engine
 from decoding.engine.runner import Runner
 from decoding.engine.sequence import Sequence
 from decoding.engine.verify import verify_block, verify_rejection
-from decoding.engine.width import MOST_LEVELS, Calibration, Width, admit, lengths
+from decoding.engine.width import MOST_LEVELS, Width, admit, lengths
 from decoding.strategies.autoregressive import AutoregressiveDecoder
 from decoding.strategies.speculative import Speculative, SpeculativeDecoder
 from decoding.trace import speculation
 from decoding.types import SamplingParams
-from drafters import DraftModel, PromptLookup, Suffix, TokenRecycling
+from drafters import DraftModel, Mixed, PromptLookup, Suffix, TokenRecycling
 from tests.test_drafters import KeepsTheFirstGuess, accepted, chi_square, outcomes
 from tests.test_engine import greedy_reference, prompts, run
 from tests.test_verify import Chain
@@ -104,6 +105,30 @@ def test_confidences_are_corrected_by_what_comes_true() -> None:
     assert calibration.survival(0, draft) == before
 
 
+def test_what_cannot_pay_is_neither_judged_nor_watched() -> None:
+    calibration = Calibration()
+    draft = Draft(Block([7, 8, 9, 3], [-1, 0, 1, -1]), confidence=[0.5, 0.5, 0.5, 0.9])
+    chances, survival = calibration.judge(0, draft, 0.4)
+    assert chances == pytest.approx([0.5, 0.5, 0.0, 0.9]) and survival == pytest.approx([0.5, 0.25, 0.0, 0.9])
+    calibration.watch(0, draft, chances)
+    calibration.learn(0, [7, 8, 9])
+    assert calibration.judge(0, draft)[0][:2] > [0.5, 0.5], "both were right"
+    assert not calibration._watched[0], "nobody waits for a guess that was left out"
+    chain = Draft(Block([7, 8, 9]), confidence=[0.5, 0.5, 0.5])
+    assert Calibration().judge(0, chain, 0.6)[1] == [0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("fixed", [0.2, 1.0, 3.0])
+def test_the_floor_leaves_out_nothing_that_would_be_admitted(fixed: float) -> None:
+    random = np.random.default_rng(6)
+    for _ in range(40):
+        survival = [np.sort(random.random(int(random.integers(1, 6))))[::-1].tolist() for _ in range(3)]
+        table = Table(fixed, float(random.uniform(0.02, 0.5)))
+        floor = Width(table)._floor(3, sum(map(len, survival)), 0.0)
+        few = [[chance if chance >= floor else 0.0 for chance in chances] for chances in survival]
+        assert admit(few, table, 0.0) == admit(survival, table, 0.0)
+
+
 def test_guesses_that_were_withheld_teach_as_much() -> None:
     """The text alone judges them, over several steps if need be."""
     calibration = Calibration()
@@ -170,20 +195,84 @@ def test_a_drafter_that_is_right_drafts_far_and_one_that_is_wrong_not_at_all() -
     assert spent * 0.97 <= NEW * 1.1, "never below 0.97 times plain decoding"
 
 
-def test_a_drafter_that_is_never_worth_it_is_asked_less_and_less() -> None:
-    width, drafter = Width(DEAR), Oracle({})
-    sequence = Sequence(0, [1], SamplingParams(), AutoregressiveDecoder(), frozenset(), 99, 0.0)
-    asked = []
-    for _ in range(48):
-        (length,) = width.lengths(drafter, [sequence])
+class Clock:
+    """Stands still unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def one_sequence() -> Sequence:
+    return Sequence(0, [1], SamplingParams(), AutoregressiveDecoder(), frozenset(), 99, 0.0)
+
+
+def asks(width: Width, clock: Clock, draft: Draft, seconds: float, steps: int) -> list[bool]:
+    """In which steps a draft is asked for, if making this one takes so many seconds."""
+    drafter, sequence, asked = Oracle({}), one_sequence(), []
+    for _ in range(steps):
+        with width.timing():
+            (length,) = width.lengths(drafter, [sequence])
+            clock.now += seconds if length else 0.0
+            width.trim([sequence], [draft if length else Draft()])
         asked.append(length > 0)
-        width.trim([sequence], [Draft(Block([5])) if length else Draft()])
-    assert all(asked[:16]) and sum(asked[16:]) == 8
-    width.latency = FREE
-    for _ in range(4):
+    return asked
+
+
+def test_a_drafter_that_takes_more_time_than_it_saves_is_asked_for_a_hundredth_of_it() -> None:
+    clock = Clock()
+    width = Width(Table(1.0, 0.0), clock=clock)
+    useless, good = Draft(Block([5]), confidence=[0.01]), Draft(Block([5]), confidence=[0.9])
+    asked = asks(width, clock, useless, 0.05, 400)
+    assert all(asked[:8]), "it gets a chance"
+    assert 0.005 < 0.05 * sum(asked[100:]) / 300 <= 0.0101
+    assert all(asks(width, clock, good, 0.05, 20)[8:]), "as soon as it pays, it is asked every time"
+    assert all(asks(Width(Table(1.0, 0.0), clock=clock), clock, useless, 0.0, 50)), "what costs nothing may go on"
+    assert sum(asks(Width(DEAR, clock=clock), clock, good, 0.05, 100)) < 35, "a guess that costs a step saves nothing"
+
+
+def test_the_clock_decides_on_no_draft_that_is_sampled() -> None:
+    clock = Clock()
+    sampled = Draft(Block([5]), probabilities=torch.ones(1, 9) / 9)
+    assert all(asks(Width(Table(1.0, 0.5), clock=clock), clock, sampled, 5.0, 50))
+
+
+def test_trials_of_a_drafter_of_stated_cost_take_a_hundredth_of_the_time() -> None:
+    width, drafter, sequence, spent = Width(Table(1.0, 0.0)), Oracle({}, seconds=2.0), one_sequence(), 0.0
+    for _ in range(2000):
         (length,) = width.lengths(drafter, [sequence])
-        width.trim([sequence], [Draft(Block([5])) if length else Draft()])
-    assert all(width.lengths(drafter, [sequence])), "as soon as a guess is worth it again, it is asked every time"
+        spent += drafter.cost(length, 1, 0.0)
+        width.trim([sequence], [Draft(Block([5] * length))])
+        width.learn(sequence, [4])
+    assert 4 < spent <= 0.01 * 2000 + 4, "the first trial is made at once"
+
+
+def test_a_clock_that_jumps_changes_no_answer() -> None:
+    """Sequences rest and are asked for again at any time; what they say stays plain decoding's."""
+    model = tiny_model("llama")
+    backend = LocalBackend(model, tiny_tokenizer(), slots=4, capacity=128)
+    inputs = prompts(4, seed=3)
+    random = np.random.default_rng(2)
+    for temperature in (0.0, 0.7):
+        params = SamplingParams(max_new_tokens=32, ignore_eos=True, temperature=temperature, seed=5)
+        plain = [s.new_tokens for s in run(backend.engine, [(p, AutoregressiveDecoder()) for p in inputs], params)]
+        drafter, ticks = Watched("suffix+token-recycling"), itertools.accumulate(random.exponential(2.0, 10_000))
+        decoder = SpeculativeDecoder(drafter, Width(Table(1.0, 0.1), clock=lambda ticks=ticks: float(next(ticks))))
+        results = run(backend.engine, [(p, decoder) for p in inputs], params)
+        assert [s.new_tokens for s in results] == plain
+        steps = sum(step.committed > 0 for s in results for step in s.trace)
+        assert len(inputs) < drafter.observed < steps, "nothing was asked for, or nothing rested"
+
+
+class Watched(Mixed):
+    observed = 0
+
+    def observe(self, sequences: List[Sequence], output: Any, commits: List[Any]) -> None:
+        assert len(sequences) == len(output.blocks) == len(commits)
+        self.observed += len(sequences)
+        super().observe(sequences, output, commits)
 
 
 def test_expectations_come_true_on_average() -> None:
@@ -244,7 +333,7 @@ def test_the_same_requests_get_the_same_widths() -> None:
 
     def steps() -> list[tuple[int, int]]:
         engine = Engine(Runner(model, slots=4, capacity=128))
-        decoder = SpeculativeDecoder(TokenRecycling(), Width(Table(1.0, 0.1)))
+        decoder = SpeculativeDecoder(TokenRecycling(), Width(Table(1.0, 0.1), clock=Clock()))
         results = run(engine, [(p, decoder) for p in prompts(8)], SamplingParams(max_new_tokens=24, ignore_eos=True))
         return [(t.step, t.drafted) for s in results for t in s.trace]
 
@@ -259,6 +348,40 @@ def test_the_strategy_measures_where_the_backend_does() -> None:
     assert isinstance(adaptive, SpeculativeDecoder) and isinstance(adaptive.width, Width)
     assert isinstance(fixed, SpeculativeDecoder) and fixed.width == 3
     assert adaptive.width.lengths(PromptLookup(), []) == [] and MOST_LEVELS > 8
+
+
+class Crooked(Drafter):
+    """Proposes `block` behind texts that begin with token 1."""
+
+    def __init__(self, block: Block) -> None:
+        self.name = "crooked"  # type: ignore[misc]
+        self.block = block
+
+    def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
+        return [Draft(self.block if s.tokens[0] == 1 else Block()) for s in sequences]
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        (Block([1, 2], [1, -1]), "names parent 1"),
+        (Block([1, 2], [-1]), "one parent for every token"),
+        (Block([1, 999]), "outside the model's vocabulary"),
+        (Block([1] * 500, [-1] * 500), ""),  # larger than a sequence may be: decoded plainly
+    ],
+)
+def test_a_bad_draft_fails_alone_and_with_a_clear_reason(block: Block, says: str) -> None:
+    model = tiny_model("llama")
+    for width in (8, Width(FREE)):
+        engine = Engine(Runner(model, slots=2, capacity=64))
+        decoder = SpeculativeDecoder(Crooked(block), width)
+        params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+        bad, good = run(engine, [([1, 5, 9], decoder), ([2, 7, 3], decoder)], params)
+        assert good.new_tokens == greedy_reference(model, [2, 7, 3], 6)
+        if says:
+            assert bad.error is not None and says in str(bad.error)
+        else:
+            assert bad.new_tokens == greedy_reference(model, [1, 5, 9], 6)
 
 
 def withheld(drafts: Drafted, keeps: Any) -> Drafted:

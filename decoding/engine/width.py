@@ -1,27 +1,34 @@
 """How many guesses to verify: as many as raise the expected tokens per second.
 
 A guess is worth a place in the step if the chance that it and all guesses above it are right (its survival) pays
-for what the place costs. So two things are learnt or measured: how often guesses come true (`Calibration`), and
-what a step over so many tokens takes (a latency model). `admit` weighs them for all sequences of a step at once:
+for what the place costs. So two things are learnt or measured: how often guesses come true (`engine.calibration`),
+and what a step over so many tokens takes (a latency model). `admit` weighs them for all sequences of a step at once:
 survivals are sorted, and as many are admitted as make expected tokens ÷ seconds largest; none, if none pays.
+
+Making guesses costs time as well. A drafter that states its cost is asked only as far as that pays too. One that
+does not is timed (`engine.payoff`), and a sequence whose drafts save less than they take rests: nobody is asked for
+it. Whoever rests is tried again now and then, for a hundredth of the time.
 
 Losslessness. Guesses that were not sampled may be withheld for any reason, see `confirm`. Those that were sampled
 must not be withheld for what they turned out to be: `Width.lengths` decides on them before they are drawn, from
-what earlier steps taught, and `Width.trim` leaves them alone.
-
-Nothing here looks at a clock: the same requests get the same widths.
+what earlier steps taught, and `Width.trim` leaves them alone. Nor does the clock decide on them, so that a seed gives
+the same answer again: drafters that sample state their cost, and those that do not are asked every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as List
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from decoding.engine.block import Block
+from decoding.engine.calibration import Calibration
+from decoding.engine.payoff import Payoff
 
 if TYPE_CHECKING:
     from decoding.drafting import Draft, Drafter
@@ -30,19 +37,13 @@ if TYPE_CHECKING:
 MOST_LEVELS = 24
 """Guesses in a row that are asked of a drafter at most."""
 
+LEAST_SURVIVAL = 0.02
+"""Guesses that are less likely than this are worth no verification, whatever it costs."""
+
 _GAIN = 1.02  # speculation must promise at least this many times plain decoding's tokens per second
-_BUCKETS = 12  # of confidence
-_DEPTHS = 3  # levels that are told apart where the drafter gives confidences, the last standing for all deeper ones
-_LEVELS = 8  # likewise where it does not
-_UNKNOWN = 0.6  # the first guess at the chance of a guess about which nobody says anything
-_OWN_WEIGHT, _SHARED_WEIGHT = 6.0, 4.0  # of what is known in general, in trials, against what was seen
-_MEMORY = 0.97  # what a sequence saw counts this much less with every further trial
-_PROBES = (8, 64)  # steps without a draft until one is made to see whether it would pay now: at first, at most
-_PROBE_LENGTH = 2
-_RESTS = (16, 4)  # after so many steps in which no guess was worth verifying, ask only in every so-manieth
+_TRIALS = 0.01  # of the time goes into finding out whether sequences that rest should be drafted for again
+_TRIAL_LENGTH = 2
 _CONTEXTS = 64  # tokens of context between which costs are not told apart
-_NOTHING = (0.0, 0.0)
-_LEFT = -2  # no node: the text has left the draft
 
 
 class LatencyModel(Protocol):
@@ -53,144 +54,11 @@ class LatencyModel(Protocol):
         them; arrays broadcast."""
 
 
-class Rates:
-    """How often trials of each kind succeed: of one sequence, held against what was seen in all of them."""
+class DraftCost(Protocol):
+    """What guessing costs. Every `Drafter` is one."""
 
-    def __init__(self) -> None:
-        self._shared: dict[Hashable, list[float]] = {}  # hits, trials
-        self._own: dict[int, dict[Hashable, list[float]]] = {}
-
-    def chance(self, sequence: int, kind: Hashable, prior: float) -> float:
-        """The estimated rate; `prior` is believed as long as little was seen."""
-        hits, trials = self._shared.get(kind, _NOTHING)
-        rate = (hits + _SHARED_WEIGHT * prior) / (trials + _SHARED_WEIGHT)
-        own = self._own.get(sequence)
-        if own is None or kind not in own:
-            return rate
-        hits, trials = own[kind]
-        return (hits + _OWN_WEIGHT * rate) / (trials + _OWN_WEIGHT)
-
-    def learn(self, sequence: int, kind: Hashable, success: bool) -> None:
-        """Count a trial."""
-        shared = self._shared.setdefault(kind, [0.0, 0.0])
-        if shared[1] >= 400:  # half of it is forgotten, so that what is new goes on counting
-            shared[0], shared[1] = shared[0] / 2, shared[1] / 2
-        shared[0] += success
-        shared[1] += 1
-        own = self._own.setdefault(sequence, {}).setdefault(kind, [0.0, 0.0])
-        own[0] = own[0] * _MEMORY + success
-        own[1] = own[1] * _MEMORY + 1
-
-    def forget(self, sequence: int) -> None:
-        """The sequence has ended; what it taught about all stays."""
-        self._own.pop(sequence, None)
-
-
-@dataclass
-class _Watched:
-    """A draft whose guesses are held against the text as it comes, verified or not.
-
-    children: of each node (-1: the root), the nodes below it. at: the node that the text has reached.
-    """
-
-    draft: Draft
-    children: dict[int, list[int]]
-    at: int = -1
-    depth: int = 0
-
-
-class Calibration:
-    """What confidences are worth: how often guesses of each kind turned out to be the text's next token.
-
-    Every draft is kept until the text has left it, and all of its guesses are judged by the text itself. So a
-    guess that was withheld teaches as much as one that was verified, and plain decoding is enough to notice
-    that speculation would pay again.
-    """
-
-    def __init__(self) -> None:
-        self.unlearn()
-
-    def unlearn(self) -> None:
-        """Start afresh."""
-        self._guesses = Rates()
-        self._levels = Rates()
-        self._watched: dict[int, list[_Watched]] = {}
-
-    def chances(self, sequence: int, draft: Draft) -> list[float]:
-        """[guesses] the chance that each guess is right if its parent is."""
-        parents = draft.block.parents
-        chances: list[float] = []
-        depth: list[int] = []
-        for node in range(len(draft.block)):
-            parent = node - 1 if parents is None else parents[node]
-            depth.append(1 if parent < 0 else depth[parent] + 1)
-            prior = _UNKNOWN if draft.confidence is None else draft.confidence[node]
-            chances.append(self._guesses.chance(sequence, _kind(draft, node, depth[node]), prior))
-        return chances
-
-    def survival(self, sequence: int, draft: Draft) -> list[float]:
-        """[guesses] the chance that each guess and all above it are right; never above its parent's."""
-        survival = self.chances(sequence, draft)
-        parents = draft.block.parents
-        for node in range(len(survival)):
-            parent = node - 1 if parents is None else parents[node]
-            if parent >= 0:
-                survival[node] *= survival[parent]
-        return survival
-
-    def levels(self, sequence: int, count: int) -> list[float]:
-        """[count] the chance that a draft's first, first two, … levels hold the text, before there is a draft."""
-        survival, product = [], 1.0
-        for level in range(1, count + 1):
-            product *= self._levels.chance(sequence, min(level, _LEVELS), _UNKNOWN)
-            survival.append(product)
-        return survival
-
-    def watch(self, sequence: int, draft: Draft) -> None:
-        """Judge a draft's guesses when the text behind them is known."""
-        if not draft.block:
-            return
-        children: dict[int, list[int]] = {}
-        parents = draft.block.parents
-        for node in range(len(draft.block)):
-            children.setdefault(node - 1 if parents is None else parents[node], []).append(node)
-        self._watched.setdefault(sequence, []).append(_Watched(draft, children))
-
-    def learn(self, sequence: int, tokens: List[int]) -> None:
-        """The text goes on with `tokens`."""
-        left = []
-        for watched in self._watched.get(sequence, ()):
-            draft = watched.draft
-            for token in tokens:
-                guesses = watched.children.get(watched.at, ())
-                watched.depth += 1
-                watched.at = _LEFT
-                for node in guesses:
-                    right = watched.at == _LEFT and draft.block.tokens[node] == token
-                    self._guesses.learn(sequence, _kind(draft, node, watched.depth), right)
-                    if right:
-                        watched.at = node
-                if guesses:
-                    self._levels.learn(sequence, min(watched.depth, _LEVELS), watched.at != _LEFT)
-                if watched.at == _LEFT:
-                    break
-            if watched.at in watched.children:
-                left.append(watched)
-        self._watched[sequence] = left
-
-    def forget(self, sequence: int) -> None:
-        """The sequence has ended."""
-        self._watched.pop(sequence, None)
-        self._guesses.forget(sequence)
-        self._levels.forget(sequence)
-
-
-def _kind(draft: Draft, node: int, depth: int) -> Hashable:
-    """Guesses that are counted together: of the same source, depth and confidence, about."""
-    source = "" if draft.sources is None else draft.sources[node]
-    if draft.confidence is None:
-        return source, min(depth, _LEVELS)
-    return source, min(depth, _DEPTHS), min(int(draft.confidence[node] * _BUCKETS), _BUCKETS - 1)
+    def cost(self, levels: int, sequences: int, context: float) -> float:
+        """Seconds of so many levels of guesses for so many sequences, see `Drafter.cost`."""
 
 
 def admit(
@@ -199,17 +67,21 @@ def admit(
     """The guesses worth verifying: per sequence the indices admitted, in order.
 
     survival: per sequence and guess the chance that it will be committed, a parent's never below its child's, so
-    that what is admitted is always a tree. context: committed tokens per sequence. sure, spent: guesses that are in
-    the step anyway: tokens expected of them, and how many they are.
+    that what is admitted is always a tree; 0 is never admitted. context: committed tokens per sequence. sure, spent:
+    guesses that are in the step anyway: tokens expected of them, and how many they are.
     """
-    flat = [(-chance, i, node) for i, chances in enumerate(survival) for node, chance in enumerate(chances)]
+    flat = [
+        (-chance, i, node) for i, chances in enumerate(survival) for node, chance in enumerate(chances) if chance > 0
+    ]
+    admitted: list[list[int]] = [[] for _ in survival]
+    if not flat:
+        return admitted
     flat.sort()  # ties: parents come before their children
     count = len(survival)
     tokens = count + sure + np.concatenate([[0.0], np.cumsum([-entry[0] for entry in flat])])
     seconds = np.asarray(latency.cost(count + spent + np.arange(len(flat) + 1), count, context), dtype=float)
     rate = tokens / seconds
     best = int(rate.argmax())
-    admitted: list[list[int]] = [[] for _ in survival]
     if rate[best] >= _GAIN * rate[0]:
         for _, i, node in flat[:best]:
             admitted[i].append(node)
@@ -217,7 +89,7 @@ def admit(
 
 
 def lengths(
-    survival: List[List[float]], latency: LatencyModel, drafter: Drafter, context: float
+    survival: List[List[float]], latency: LatencyModel, drafter: DraftCost, context: float
 ) -> tuple[list[int], float]:
     """How far to draft where drafting itself takes time: per sequence the number of levels.
 
@@ -226,15 +98,15 @@ def lengths(
     """
     count = len(survival)
     flat = sorted((-chance, level, i) for i, chances in enumerate(survival) for level, chance in enumerate(chances))
-    verify = np.asarray(latency.cost(count + np.arange(len(flat) + 1), count, context), dtype=float)
-    tokens, chosen, best, best_at = float(count), [0] * count, count / float(verify[0]), 0
+    verify = np.asarray(latency.cost(count + np.arange(len(flat) + 1), count, context), dtype=float).tolist()
+    tokens, chosen, best, best_at = float(count), [0] * count, count / verify[0], 0
     plain = best
     deepest, members = 0, set()
     for at, (chance, level, i) in enumerate(flat, start=1):
         tokens -= chance
         deepest = max(deepest, level + 1)
         members.add(i)
-        rate = tokens / (float(verify[at]) + drafter.cost(deepest, len(members), context))
+        rate = tokens / (verify[at] + drafter.cost(deepest, len(members), context))
         if rate > best:
             best, best_at = rate, at
     if best >= _GAIN * plain:
@@ -262,64 +134,129 @@ class Remembered:
         return known[tokens]
 
 
+class RememberedDrafts:
+    """Likewise a drafter's."""
+
+    def __init__(self, drafter: DraftCost) -> None:
+        self.drafter = drafter
+        self._known: dict[tuple[int, int, int], float] = {}
+
+    def cost(self, levels: int, sequences: int, context: float) -> float:
+        key = levels, sequences, int(context) // _CONTEXTS
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self.drafter.cost(levels, sequences, (key[2] + 0.5) * _CONTEXTS)
+        return known
+
+
 @dataclass
 class Width:
-    """Chooses, step by step, how much each sequence drafts and verifies; keeps what it takes to choose."""
+    """Chooses, step by step, how much each sequence drafts and verifies; keeps what it takes to choose.
+
+    clock: what tells the time, in seconds.
+    """
 
     latency: LatencyModel
     calibration: Calibration = field(default_factory=Calibration)
-    _waits: dict[int, tuple[int, int]] = field(default_factory=dict)  # steps to the next probe, and the wait after it
-    _idle: dict[int, int] = field(default_factory=dict)  # steps since a guess was last verified
+    clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
         self.latency = Remembered(self.latency)
+        self._payoff = Payoff(self.clock)
+        self._drafts: RememberedDrafts | None = None
+        self._saved_up = np.inf  # seconds put by for trials; the first one is made at once
 
     def lengths(self, drafter: Drafter, sequences: List[Sequence]) -> list[int]:
-        """How many levels to ask of the drafter for each sequence."""
+        """How many levels to ask of the drafter for each sequence; 0 leaves it alone in this step."""
+        if not sequences:
+            return []
+        if self._drafts is None or self._drafts.drafter is not drafter:
+            self._drafts = RememberedDrafts(drafter)
+        count, context = len(sequences), _context(sequences)
         rooms = [max(0, min(MOST_LEVELS, sequence.room)) for sequence in sequences]
-        context = _context(sequences)
-        if drafter.cost(1, len(sequences), context) <= 0:
-            return [0 if self._rests(sequence.id) else room for sequence, room in zip(sequences, rooms, strict=True)]
-        survival = [self.calibration.levels(s.id, room) for s, room in zip(sequences, rooms, strict=True)]
-        chosen, _ = lengths(survival, self.latency, drafter, context)
-        return [self._probe(s.id, n, room) for s, n, room in zip(sequences, chosen, rooms, strict=True)]
+        step = float(self.latency.cost(count, count, context))
+        if self._drafts.cost(1, count, context) <= 0:
+            return self._timed(sequences, rooms, step)
+        floor = max(LEAST_SURVIVAL, self._floor(count, sum(rooms), context))
+        survival = []
+        for sequence, room in zip(sequences, rooms, strict=True):
+            levels = self.calibration.levels(sequence.id, room)
+            survival.append([chance for chance in levels if chance >= floor])
+        chosen, _ = lengths(survival, self.latency, self._drafts, context)
+        resting = [i for i, length in enumerate(chosen) if not length and rooms[i]]
+        if resting:
+            more = float(self.latency.cost(count + _TRIAL_LENGTH * len(resting), count, context)) - step
+            if self._trial(self._drafts.cost(_TRIAL_LENGTH, len(resting), context) + more, step):
+                for i in resting:
+                    chosen[i] = min(_TRIAL_LENGTH, rooms[i])
+        return chosen
 
-    def _rests(self, sequence: int) -> bool:
-        """Whether to do without a draft: even a cheap one takes some of the host's time."""
-        idle = self._idle.get(sequence, 0)
-        return idle >= _RESTS[0] and idle % _RESTS[1] != 0
+    def _timed(self, sequences: List[Sequence], rooms: list[int], step: float) -> list[int]:
+        """Lengths where the drafter states no cost: all that there is room for, or nothing while it does not pay."""
+        price = self._payoff.settle()
+        resting = {sequence.id for sequence in sequences if not self._payoff.pays(sequence.id)}
+        if resting and self._trial(price * len(resting), step):
+            resting.clear()
+        chosen = [0 if s.id in resting else room for s, room in zip(sequences, rooms, strict=True)]
+        self._payoff.asked([s.id for s, length in zip(sequences, chosen, strict=True) if length])
+        return chosen
 
-    def _probe(self, sequence: int, length: int, room: int) -> int:
-        """The length, or a short one now and then if there has been none for a while."""
-        left, wait = self._waits.get(sequence, (_PROBES[0], _PROBES[0]))
-        if length:
-            self._waits.pop(sequence, None)
-        elif left <= 1:
-            wait = min(2 * wait, _PROBES[1])
-            self._waits[sequence] = (wait, wait)
-            return min(_PROBE_LENGTH, room)
-        else:
-            self._waits[sequence] = (left - 1, wait)
-        return length
+    def _trial(self, price: float, step: float) -> bool:
+        """Whether a trial that takes `price` seconds is due, given that a plain step takes `step`."""
+        self._saved_up = min(self._saved_up + _TRIALS * step, price)
+        if self._saved_up < price:
+            return False
+        self._saved_up = 0.0
+        return True
+
+    def timing(self) -> AbstractContextManager[None]:
+        """Counts the time inside as drafting: to be put around everything that a step without drafts is spared."""
+        return self._payoff.timing()
 
     def trim(self, sequences: List[Sequence], drafts: List[Draft]) -> tuple[list[Draft], list[float]]:
         """The drafts without the guesses that do not pay, and the tokens expected of each sequence's step."""
-        survival = [self.calibration.survival(s.id, draft) for s, draft in zip(sequences, drafts, strict=True)]
+        total = sum(len(draft.block) for draft in drafts)
+        if not total:
+            for sequence in sequences:
+                self._payoff.saved(sequence.id, 0.0)
+            return list(drafts), [1.0] * len(drafts)
+        count, context = len(drafts), _context(sequences)
         fixed = [draft.probabilities is not None for draft in drafts]
-        admitted = admit(
-            [[] if whole else chances for whole, chances in zip(fixed, survival, strict=True)],
-            self.latency,
-            _context(sequences),
-            sure=sum(sum(chances) for whole, chances in zip(fixed, survival, strict=True) if whole),
-            spent=sum(len(draft.block) for whole, draft in zip(fixed, drafts, strict=True) if whole),
-        )
+        survival: list[List[float]] = [[] for _ in drafts]
+        for i, whole in enumerate(fixed):
+            if whole:
+                survival[i] = self._judge(sequences[i], drafts[i], 0.0)
+        sure = sum(sum(survival[i]) for i, whole in enumerate(fixed) if whole)
+        spent = sum(len(drafts[i].block) for i, whole in enumerate(fixed) if whole)
+        floor = max(LEAST_SURVIVAL, self._floor(count, total - spent, context, sure=sure, spent=spent))
+        for i, whole in enumerate(fixed):
+            if not whole and drafts[i].block:
+                survival[i] = self._judge(sequences[i], drafts[i], floor)
+        open_ = [[] if whole else chances for whole, chances in zip(fixed, survival, strict=True)]
+        admitted = admit(open_, self.latency, context, sure=sure, spent=spent)
+        places = sum(map(len, admitted))
+        first, last = self.latency.cost(np.array([count + spent, count + spent + places]), count, context).tolist()
         kept, expected = [], []
-        for whole, sequence, draft, nodes, chances in zip(fixed, sequences, drafts, admitted, survival, strict=True):
-            self.calibration.watch(sequence.id, draft)
-            kept.append(draft if whole or len(nodes) == len(draft.block) else pruned(draft, nodes))
-            self._idle[sequence.id] = 0 if kept[-1].block else self._idle.get(sequence.id, 0) + 1
-            expected.append(1 + sum(chances if whole else (chances[node] for node in nodes)))
+        for i, (sequence, draft, nodes) in enumerate(zip(sequences, drafts, admitted, strict=True)):
+            gain = sum(survival[i] if fixed[i] else (survival[i][node] for node in nodes))
+            kept.append(draft if fixed[i] or len(nodes) == len(draft.block) else pruned(draft, nodes))
+            expected.append(1 + gain)
+            if not fixed[i]:  # what its guesses save, at the pace of a step without guesses, less what they take
+                taken = (last - first) * len(nodes) / places if places else 0.0
+                self._payoff.saved(sequence.id, gain * first / (count + sure) - taken)
         return kept, expected
+
+    def _judge(self, sequence: Sequence, draft: Draft, floor: float) -> list[float]:
+        chances, survival = self.calibration.judge(sequence.id, draft, floor)
+        self.calibration.watch(sequence.id, draft, chances)
+        return survival
+
+    def _floor(self, count: int, guesses: int, context: float, *, sure: float = 0.0, spent: int = 0) -> float:
+        """A survival below which no guess can pay: less than the pace of a step without any, times what the cheapest
+        place takes."""
+        seconds = self.latency.cost(count + spent + np.arange(guesses + 1), count, context)
+        cheapest = float(np.diff(seconds).min(initial=np.inf))
+        return cheapest * (count + sure) / float(seconds[0]) if guesses else 0.0
 
     def learn(self, sequence: Sequence, tokens: List[int]) -> None:
         """The sequence gains `tokens`."""
@@ -328,18 +265,19 @@ class Width:
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
         self.calibration.forget(sequence.id)
-        self._waits.pop(sequence.id, None)
-        self._idle.pop(sequence.id, None)
+        self._payoff.forget(sequence.id)
 
     def unlearn(self) -> None:
         """Start afresh."""
         self.calibration.unlearn()
-        self._waits.clear()
-        self._idle.clear()
+        self._payoff.unlearn()
+        self._saved_up = np.inf
 
 
 def pruned(draft: Draft, nodes: List[int]) -> Draft:
     """The part of an unsampled draft that has these nodes; with every node comes its parent."""
+    if not nodes:
+        return type(draft)()
     block = draft.block
     tokens = [block.tokens[node] for node in nodes]
     parents = None
@@ -347,7 +285,7 @@ def pruned(draft: Draft, nodes: List[int]) -> Draft:
         place = {node: new for new, node in enumerate(nodes)} | {-1: -1}
         parents = [place[block.parents[node]] for node in nodes]
     return type(draft)(
-        Block(tokens, parents if tokens else None),
+        Block(tokens, parents),
         confidence=None if draft.confidence is None else [draft.confidence[node] for node in nodes],
         sources=None if draft.sources is None else [draft.sources[node] for node in nodes],
     )

@@ -6,7 +6,9 @@ distribution.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence as List
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Speculative(TokenStrategy):
-    """drafter: a name such as "prompt-lookup", with options if need be, or a `Drafter` object.
+    """drafter: a name such as "suffix", with options if need be, or a `Drafter` object. The default needs no training
+    and no other model, and finds most for the time it takes, wherever answers repeat their prompt or each other.
 
     draft_length: guesses in a row per step and sequence at most; None chooses what is drafted and verified in every
     step, none at all included, from what came true so far and the measured cost of a step.
@@ -35,7 +38,7 @@ class Speculative(TokenStrategy):
     distribution of what is sampled.
     """
 
-    drafter: str | Drafter = "prompt-lookup"
+    drafter: str | Drafter = "suffix"
     draft_length: int | None = None
     verification: str = "block"
 
@@ -77,6 +80,7 @@ class SpeculativeDecoder(Decoder):
         self.width = width
         self.verification = verification
         self._drafts: dict[int, tuple[Draft, float]] = {}  # and the tokens expected of it
+        self._resting: set[int] = set()  # sequences that do without the drafter in this step
 
     @property
     def name(self) -> str:
@@ -84,8 +88,11 @@ class SpeculativeDecoder(Decoder):
 
     def plan(self, sequences: List[Sequence]) -> list[Block]:
         if isinstance(self.width, Width):
-            drafts = self._propose(sequences, self.width.lengths(self.drafter, sequences))
-            drafts, expected = self.width.trim(sequences, drafts)
+            with self.width.timing():
+                lengths = self.width.lengths(self.drafter, sequences)
+                drafts, expected = self.width.trim(sequences, self._propose(sequences, lengths))
+            self._resting.difference_update(sequence.id for sequence in sequences)
+            self._resting.update(s.id for s, length in zip(sequences, lengths, strict=True) if not length)
         else:
             drafts = self._propose(sequences, [max(0, min(self.width, sequence.room)) for sequence in sequences])
             expected = [0.0] * len(drafts)
@@ -94,8 +101,15 @@ class SpeculativeDecoder(Decoder):
         return [draft.block for draft in drafts]
 
     def _propose(self, sequences: List[Sequence], lengths: list[int]) -> list[Draft]:
-        drafts = self.drafter.propose(sequences, lengths)
-        for draft in drafts:
+        drafts = [Draft()] * len(sequences)
+        asked = [i for i, length in enumerate(lengths) if length > 0]
+        if not asked:
+            return drafts
+        made = self.drafter.propose([sequences[i] for i in asked], [lengths[i] for i in asked])
+        for i, draft in zip(asked, made, strict=True):
+            drafts[i] = draft
+            if draft.block.parents is not None:
+                draft.block.check(sys.maxsize)  # the engine knows the vocabulary, and looks at what is left of it
             for what, values in (("confidence", draft.confidence), ("sources", draft.sources)):
                 if values is not None and len(values) != len(draft.block):
                     raise ValueError(
@@ -109,15 +123,25 @@ class SpeculativeDecoder(Decoder):
         # room for them) was not verified against its draft.
         pairs = [self._drafts.pop(s.id, (Draft(), 0.0)) for s in sequences]
         drafts = [draft if block else Draft() for (draft, _), block in zip(pairs, output.blocks, strict=True)]
-        commits = confirm(output, [draft.probabilities for draft in drafts], self.verification)
-        self.drafter.observe(sequences, output, commits)
-        if isinstance(self.width, Width):
-            for sequence, commit in zip(sequences, commits, strict=True):
-                self.width.learn(sequence, commit.tokens)
+        with self.width.timing() if isinstance(self.width, Width) else nullcontext():
+            commits = confirm(output, [draft.probabilities for draft in drafts], self.verification)
+            self._observe(sequences, output, commits)
+            if isinstance(self.width, Width):
+                for sequence, commit in zip(sequences, commits, strict=True):
+                    self.width.learn(sequence, commit.tokens)
         return [
             replace(commit, expected=expected, sources=draft.sources or ())
             for commit, draft, (_, expected) in zip(commits, drafts, pairs, strict=True)
         ]
+
+    def _observe(self, sequences: List[Sequence], output: Output, commits: list[Commit]) -> None:
+        """Let the drafter learn, but for what rests."""
+        awake = [i for i, sequence in enumerate(sequences) if sequence.id not in self._resting]
+        if len(awake) == len(sequences):
+            self.drafter.observe(sequences, output, commits)
+        elif awake:
+            members = [sequences[i] for i in awake]
+            self.drafter.observe(members, output.of(members), [commits[i] for i in awake])
 
     def unlearn(self) -> None:
         self.drafter.unlearn()
@@ -126,6 +150,7 @@ class SpeculativeDecoder(Decoder):
 
     def forget(self, sequence: Sequence) -> None:
         self._drafts.pop(sequence.id, None)
+        self._resting.discard(sequence.id)
         self.drafter.forget(sequence)
         if isinstance(self.width, Width):
             self.width.forget(sequence)

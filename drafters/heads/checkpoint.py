@@ -57,6 +57,14 @@ def read_head(folder: str | Path, target_layers: int) -> Eagle3Head:
                 + ("missing." if missing else "misshapen." if misshapen else "not part of it.")
             )
         head.load_state_dict({n: tensor for n, tensor in weights.items() if n in own}, strict=False)
+        stray = [layer for layer in config.layers if not 1 <= layer <= target_layers]
+        if stray:
+            raise ModelError(
+                f"the EAGLE-3 head in {folder} looks at what enters layer {stray[0]}, and the model has "
+                f"{target_layers} layers; use a head that was trained for it."
+            )
+        if not 0 <= int(head.tokens.min()) <= int(head.tokens.max()) < config.vocab:
+            raise ModelError(f"the EAGLE-3 head in {folder} guesses tokens outside its vocabulary; fetch it again.")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder} holds no EAGLE-3 head that can be read: {error!r}.") from error
     return head.requires_grad_(False).eval()
@@ -141,6 +149,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 f"{file} is damaged or cut short ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
                 "fetch or write it again."
             ) from error
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelError(f"{name} in {folder} holds infinities or NaN, so the head is damaged; fetch it again.")
     return weights
 
 

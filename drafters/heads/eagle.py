@@ -173,10 +173,10 @@ class _Mlp(nn.Module):
         self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
-        self._activation = ACT2FN[config.layer.hidden_act]
+        self.activation = ACT2FN[config.layer.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self._activation(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
@@ -207,15 +207,15 @@ class _Projections(nn.Module):
 
 
 class Rotation:
-    """Rotary position embedding with a table of `positions` rows."""
+    """Rotary position embedding. cos, sin: [positions, head dim]."""
 
     def __init__(self, config: HeadConfig, positions: int, device: torch.device) -> None:
         rotary = LlamaRotaryEmbedding(config.layer).to(device)  # type: ignore[arg-type]
         cos, sin = rotary(torch.zeros(1, device=device), torch.arange(positions, device=device)[None])
-        self._cos, self._sin = cos[0], sin[0]  # [positions, head dim]
+        self.cos, self.sin = cos[0], sin[0]
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate [..., heads, head dim] by positions [...]."""
-        cos, sin = self._cos[positions].unsqueeze(-2), self._sin[positions].unsqueeze(-2)
+        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
         low, high = x.chunk(2, dim=-1)
         return x * cos + torch.cat([-high, low], dim=-1) * sin

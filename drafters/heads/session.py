@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from decoding.engine.cache import KVCache, LayerShape
 from decoding.engine.runner import Runner, embeddings
 from decoding.engine.sequence import Sequence
-from drafters.heads.eagle import Eagle3Head, Rotation
+from drafters.heads.eagle import Eagle3Head
+from drafters.heads.joined import JoinedLayer
 
 _TRIALS = 5  # of a pass whose time is measured
 
@@ -45,17 +46,18 @@ class Session:
     def __init__(self, head: Eagle3Head, runner: Runner, scratch: int) -> None:
         weight = embeddings(runner.model)
         self.head = head.to(weight.device, weight.dtype).requires_grad_(False).eval()
+        self.tokens = self.head.tokens  # [draft vocab] the target's ids
         self.runner = runner
         config = head.config
         self._embeddings = weight.detach() if head.embed_tokens is None else head.embed_tokens.weight
         capacity = runner.cache.capacity + scratch
         shape = LayerShape(config.kv_heads, config.head_dim, config.head_dim, weight.dtype, weight.device)
         self.cache = KVCache([shape], runner.cache.slots, capacity)
-        self._rotation = Rotation(config, capacity, weight.device)
+        self._layer = JoinedLayer(self.head, capacity)
         self._captured = tuple(layer - 1 for layer in config.layers)  # whose outputs those inputs are
         runner.keep_features(self._captured)
         self._slots: dict[int, int] = {}
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[tuple[int, int], float] = {}
 
     @torch.inference_mode()
     def read(self, sequences: List[Sequence]) -> Level:
@@ -67,26 +69,27 @@ class Session:
             slot = self._slot(sequence)
             # What the cache holds of guesses that were refused is not counted, so nothing is to be undone.
             spans.append((slot, int(self.cache.lengths[slot]), len(sequence.tokens) - 1))
-        longest = max(end - start for _, start, end in spans)
+        slots, starts, ends = np.array(spans).T
+        counts = ends - starts
+        longest = int(counts.max())
         tokens = np.zeros((len(spans), longest), dtype=np.int64)
         for i, (sequence, (_, start, end)) in enumerate(zip(sequences, spans, strict=True)):
             tokens[i, : end - start] = sequence.tokens[start + 1 : end + 1]
-        counts = np.array([end - start for _, start, end in spans])
-        starts = np.array([start for _, start, _ in spans])
         places = starts[:, None] + np.arange(longest)  # [S, Q]
         device = features.device
-        slots = [sequence.slot for sequence in sequences]
         if len(spans) == 1:
-            seen = features[None, slots[0], starts[0] : starts[0] + longest]
+            seen = features[None, sequences[0].slot, starts[0] : ends[0]]
         else:
             at = np.minimum(places, features.shape[1] - 1)
-            seen = features[torch.tensor(slots, device=device)[:, None], torch.from_numpy(at).to(device)]
+            theirs = torch.tensor([sequence.slot for sequence in sequences], device=device)
+            seen = features[theirs[:, None], torch.from_numpy(at).to(device)]
         if self.runner.capture != self._captured:
             seen = seen[:, :, [self.runner.capture.index(layer) for layer in self._captured]]
         hidden = self.head.fuse(seen.to(self._embeddings.dtype))
-        visible = np.arange(int((starts + counts).max())) <= places[:, :, None]  # [S, Q, context]
-        out = self._layer(spans, tokens, hidden, places, places, visible, counts)
-        last = out[torch.arange(len(spans)), torch.from_numpy(counts - 1)][:, None]  # [S, 1, hidden]
+        exists = places < ends[:, None]
+        visible = np.arange(int(ends.max())) <= places[:, :, None]  # [S, Q, context]
+        out = self._run(slots, tokens, hidden, places, places, visible, exists)
+        last = out[:, -1:] if len(spans) == 1 else out[torch.arange(len(spans)), torch.from_numpy(counts - 1)][:, None]
         for sequence, (slot, start, end) in zip(sequences, spans, strict=True):
             self.cache.commit(slot, _ids(sequence.tokens, start, end))
         return self._level(last)
@@ -102,63 +105,67 @@ class Session:
         at all depths.
         """
         width = tokens.shape[1]
-        spans = [(self._slots[s.id], int(self.cache.lengths[self._slots[s.id]]), 0) for s in sequences]
-        base = np.array([start for _, start, _ in spans])
-        context = int(base.max()) + (depth + 1) * width
-        visible = np.repeat((np.arange(context) < base[:, None])[:, None], width, axis=1)  # [S, K, context]
-        row, guess = np.arange(len(spans))[:, None], np.arange(width)[None]
-        for level in range(depth):
-            visible[row, guess, base[:, None] + level * width + ancestors[:, :, level]] = True
-        write = base[:, None] + depth * width + guess
-        visible[row, guess, write] = True
+        slots = np.array([self._slots[s.id] for s in sequences])
+        base = self.cache.lengths[slots]
+        write = base[:, None] + depth * width + np.arange(width)
         positions = np.broadcast_to(base[:, None] + depth, write.shape)
-        counts = np.full(len(spans), width)
-        return self._level(self._layer(spans, tokens, hidden, positions, write, visible, counts))
+        return self._level(self._run(slots, tokens, hidden, positions, write, _sight(base, ancestors, write), None))
 
     def _level(self, out: Tensor) -> Level:
         return Level(self.head.feedback(out), self.head.predict(out))
 
-    def _layer(
+    def _run(
         self,
-        spans: List[tuple[int, int, int]],
+        slots: np.ndarray,
         tokens: np.ndarray,
         hidden: Tensor,
         positions: np.ndarray,
         write: np.ndarray,
         visible: np.ndarray,
-        counts: np.ndarray,
+        exists: np.ndarray | None,
     ) -> Tensor:
-        """The decoder layer over Q queries of each sequence, the first `counts` of which exist: [S, Q, hidden]."""
-        device, layer = hidden.device, self.head.layer
-        capacity = self.cache.capacity
-        joined, residual = layer.enter(F.embedding(_move(tokens, device), self._embeddings), hidden)
-        at = _move(np.minimum(positions, capacity - 1), device)
-        query = self._rotation(layer.self_attn.query(joined), at)
-        key, value = layer.self_attn.key_value(joined)
-        key = self._rotation(key, at)
-        slots = np.array([slot for slot, _, _ in spans])
-        exists = np.arange(tokens.shape[1]) < counts[:, None]
+        """The decoder layer over Q queries of each of S sequences: [S, Q, hidden].
+
+        tokens, positions, write: [S, Q] what is put in, where it stands, and the entry of its slot that it fills.
+        visible: [S, Q, context] entries it sees. exists: [S, Q] which of them there are; None for all.
+        """
+        device = hidden.device
+        embedding = F.embedding(_move(tokens, device), self._embeddings)
+        at = _move(np.minimum(positions, self.cache.capacity - 1), device)
+        query, key, value, residual = self._layer.enter(embedding, hidden, at)
         keys, values = self.cache.keys[0], self.cache.values[0]  # [slots, kv heads, capacity, dim]
-        context = visible.shape[2]
-        if len(spans) == 1:
-            slot, first = int(slots[0]), int(write[0, 0])
-            keys[slot, :, first : first + key.shape[1]] = key[0].transpose(0, 1)
-            values[slot, :, first : first + value.shape[1]] = value[0].transpose(0, 1)
-            near, near_values = keys[slot : slot + 1, :, :context], values[slot : slot + 1, :, :context]
+        context, first, order = visible.shape[2], int(slots[0]), None
+        if len(slots) == 1:
+            here = slice(int(write[0, 0]), int(write[0, -1]) + 1)
+            keys[first, :, here] = key[0].transpose(0, 1)
+            values[first, :, here] = value[0].transpose(0, 1)
+            near, near_values = keys[first : first + 1, :, :context], values[first : first + 1, :, :context]
         else:
-            where = np.nonzero(exists)
-            to, entry = _move(slots[where[0]], device), _move(write[where], device)
-            rows, column = _move(where[0], device), _move(where[1], device)
-            keys[to, :, entry] = key[rows, column]
-            values[to, :, entry] = value[rows, column]
-            some = _move(slots, device)
-            near, near_values = keys[some, :, :context], values[some, :, :context]
-        visible = visible | ~exists[:, :, None]  # padded queries need something to see
+            row, column = np.nonzero(np.ones(write.shape, dtype=bool) if exists is None else exists)
+            to, entry = _move(slots[row], device), _move(write[row, column], device)
+            rows, columns = _move(row, device), _move(column, device)
+            keys[to, :, entry] = key[rows, columns]
+            values[to, :, entry] = value[rows, columns]
+            first = int(slots.min())
+            if int(slots.max()) - first + 1 == len(slots) == len(set(slots.tolist())):
+                # The slots of a whole range are read where they are, so the queries take their order.
+                order = np.argsort(slots)
+                query, visible = query[_move(order, device)], visible[order]
+                exists = None if exists is None else exists[order]
+                last = first + len(slots)
+                near, near_values = keys[first:last, :, :context], values[first:last, :, :context]
+            else:
+                some = _move(slots, device)
+                near, near_values = keys[some, :, :context], values[some, :, :context]
+        if exists is not None:
+            visible = visible | ~exists[:, :, None]  # padded queries need something to see
         mask = None if visible.all() else _move(visible, device)[:, None]
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2), near, near_values, attn_mask=mask, enable_gqa=query.shape[2] != key.shape[2]
-        )
-        return layer.leave(residual, attended.transpose(1, 2))
+        ).transpose(1, 2)
+        if order is not None:
+            attended = attended[_move(np.argsort(order), device)]
+        return self._layer.leave(residual, attended)
 
     def _slot(self, sequence: Sequence) -> int:
         if sequence.id not in self._slots:
@@ -169,26 +176,25 @@ class Session:
         return slot
 
     @torch.inference_mode()
-    def seconds(self, tokens: int) -> float:
-        """What a pass over so many tokens takes, measured once for every power of two."""
-        size = max(tokens - 1, 0).bit_length()
-        if size not in self._seconds:
-            config = self.head.config
-            hidden = torch.ones(
-                1, 1 << size, config.hidden, dtype=self._embeddings.dtype, device=self._embeddings.device
-            )
-            kept = hidden.new_ones(1, config.heads, 64, config.head_dim)
+    def seconds(self, sequences: int, guesses: int) -> float:
+        """What a level of so many guesses for each of so many sequences takes, measured once for every power of two of
+        sequences. What it writes to the cache lies behind what counts."""
+        rows = 1 << max(sequences - 1, 0).bit_length()
+        if (rows, guesses) not in self._seconds:
+            slots = np.arange(rows) % self.cache.slots
+            tokens = np.zeros((rows, guesses), dtype=np.int64)
+            base = np.minimum(self.cache.lengths[slots], self.cache.capacity - guesses)
+            write = base[:, None] + np.arange(guesses)
+            visible = _sight(base, np.zeros((rows, guesses, 0), dtype=np.int64), write)
+            hidden = self._embeddings.new_ones(rows, guesses, self.head.config.hidden)
             times = []
             for _ in range(_TRIALS):
                 began = time.perf_counter()
-                joined, residual = self.head.layer.enter(hidden, hidden)
-                query = self.head.layer.self_attn.query(joined).transpose(1, 2)
-                self.head.layer.self_attn.key_value(joined)
-                out = F.scaled_dot_product_attention(query, kept, kept)
-                self._level(self.head.layer.leave(residual, out.transpose(1, 2))).logits.argmax(-1).tolist()
+                level = self._level(self._run(slots, tokens, hidden, write, write, visible, None))
+                level.logits.max(-1).values.sub(level.logits.logsumexp(-1)).tolist()
                 times.append(time.perf_counter() - began)
-            self._seconds[size] = min(times)
-        return self._seconds[size]
+            self._seconds[rows, guesses] = min(times)
+        return self._seconds[rows, guesses]
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended; what its slot holds stays for texts that begin alike."""
@@ -198,6 +204,19 @@ class Session:
     def unlearn(self) -> None:
         """Drop what ended sequences left behind."""
         self.cache.forget()
+
+
+def _sight(base: np.ndarray, ancestors: np.ndarray, write: np.ndarray) -> np.ndarray:
+    """[S, K, context] what guesses see: `base` [S] entries of text, those of their ancestors [S, K, depth], by their
+    places in each level, and their own, `write` [S, K]."""
+    count, width, depth = ancestors.shape
+    context = int(write.max()) + 1
+    visible = np.repeat((np.arange(context) < base[:, None])[:, None], width, axis=1)
+    row, guess = np.arange(count)[:, None], np.arange(width)[None]
+    for level in range(depth):
+        visible[row, guess, base[:, None] + level * width + ancestors[:, :, level]] = True
+    visible[row, guess, write] = True
+    return visible
 
 
 def _ids(tokens: List[int], start: int, end: int) -> list[int]:
