@@ -72,9 +72,12 @@ class Mixed(Drafter):
         for sequence in sequences:
             self._judge(sequence)
         trees = [_Tree() for _ in sequences]
-        for place, (member, record) in enumerate(zip(self._members, self._records, strict=True)):
-            limits = self._widths[place].lengths(member, sequences) if place in self._widths else lengths
-            asked = [min(a, b) for a, b in zip(lengths, limits, strict=True)]
+        # Those that take time come last: what the others hold already need not be guessed again.
+        for place in sorted(range(len(self._members)), key=lambda place: place in self._widths):
+            member, record, asked = self._members[place], self._records[place], lengths
+            if place in self._widths:
+                limits = self._widths[place].lengths(member, sequences, [tree.covered() for tree in trees])
+                asked = [min(a, b) for a, b in zip(lengths, limits, strict=True)]
             for sequence, tree, draft in zip(sequences, trees, member.propose(sequences, asked), strict=True):
                 if draft.block:
                     chances, _ = record.judge(sequence.id, draft, LEAST_SURVIVAL)
@@ -141,6 +144,18 @@ class _Tree:
                 if source not in self.sources[node]:
                     self.sources[node].append(source)
             nodes.append(node)
+
+    def covered(self) -> list[float]:
+        """The chances that the tree holds the text's next one, two, … tokens."""
+        covered: list[float] = []
+        survival: list[float] = []
+        depth: list[int] = []
+        for parent, chance in zip(self.parents, self.chances, strict=True):
+            survival.append(chance if parent < 0 else chance * survival[parent])
+            depth.append(0 if parent < 0 else depth[parent] + 1)
+            covered += [0.0] * (depth[-1] + 1 - len(covered))
+            covered[depth[-1]] += survival[-1]  # of siblings, one is right at most
+        return [min(1.0, chance) for chance in covered]
 
     def best(self, count: int) -> Draft:
         """The `count` nodes whose branches are most likely."""

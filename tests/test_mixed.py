@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as List
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from decoding.trace import origins, speculation
 from decoding.types import SamplingParams
 from drafters import CrossVocabulary, LayerSkip, Mixed, Quantised
 from drafters.cross_vocabulary import Translation
+from drafters.mixed import _Tree
 from tests.test_drafters import KeepsTheFirstGuess, accepted, chi_square, outcomes, text
 from tests.test_engine import greedy_reference, prompts, run
 from tests.test_width import Table
@@ -77,6 +79,35 @@ def test_drafts_are_held_against_the_text_even_if_nobody_was_asked_for_a_while()
     assert draft.confidence is not None and draft.confidence[0] > 0.8
     mixed.forget(sequence)
     assert not mixed._read
+
+
+class Dear(Always):
+    """Takes a tenth of a step per level, and keeps what it was asked for."""
+
+    def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
+        self.asked = list(lengths)
+        return super().propose(sequences, lengths)
+
+    def cost(self, levels: int, sequences: int, context: float) -> float:
+        return 0.1 * levels
+
+
+def test_a_drafter_that_takes_time_is_not_asked_for_what_others_hold_already() -> None:
+    class Sometimes(Always):
+        def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
+            drafts = super().propose(sequences, lengths)
+            return [draft if s.tokens[0] == 1 else Draft() for s, draft in zip(sequences, drafts, strict=True)]
+
+    dear = Dear("dear", [7] * 8, 0.9)
+    mixed = Mixed([dear, Sometimes("cheap", [5] * 8, 0.99)])
+    mixed.attach(SimpleNamespace(latency=Table(1.0, 0.01)))  # type: ignore[arg-type]
+    known, unknown = text([1]), text([2])
+    mixed._widths[0]._saved_up = 0.0  # no trial is due
+    mixed.propose([known, unknown], [8, 8])
+    assert dear.asked[0] == 0 < dear.asked[1]
+    tree = _Tree()
+    tree.graft(Block([1, 2, 3], [-1, -1, 0]), [0.5, 0.3, 0.5], "a")
+    assert tree.covered() == pytest.approx([0.8, 0.25])
 
 
 def test_mixed_is_named_with_its_members_and_their_options() -> None:

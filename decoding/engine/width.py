@@ -166,8 +166,12 @@ class Width:
         self._drafts: RememberedDrafts | None = None
         self._saved_up = np.inf  # seconds put by for trials; the first one is made at once
 
-    def lengths(self, drafter: Drafter, sequences: List[Sequence]) -> list[int]:
-        """How many levels to ask of the drafter for each sequence; 0 leaves it alone in this step."""
+    def lengths(self, drafter: Drafter, sequences: List[Sequence], covered: List[List[float]] = ()) -> list[int]:
+        """How many levels to ask of the drafter for each sequence; 0 leaves it alone in this step.
+
+        covered: per sequence the chances that guesses of others hold the text's next one, two, … tokens, where there
+        are any: what these hold anyway, this drafter is not needed for.
+        """
         if not sequences:
             return []
         if self._drafts is None or self._drafts.drafter is not drafter:
@@ -178,10 +182,12 @@ class Width:
         if self._drafts.cost(1, count, context) <= 0:
             return self._timed(sequences, rooms, step)
         floor = max(LEAST_SURVIVAL, self._floor(count, sum(rooms), context))
-        survival = []
-        for sequence, room in zip(sequences, rooms, strict=True):
-            levels = self.calibration.levels(sequence.id, room)
-            survival.append([chance for chance in levels if chance >= floor])
+        survival = [self.calibration.levels(s.id, room) for s, room in zip(sequences, rooms, strict=True)]
+        for levels, held in zip(survival, covered, strict=False):
+            levels[: len(held)] = [chance * (1 - other) for chance, other in zip(levels, held, strict=False)]
+        for levels in survival:
+            while levels and levels[-1] < floor:
+                levels.pop()
         chosen, _ = lengths(survival, self.latency, self._drafts, context)
         resting = [i for i, length in enumerate(chosen) if not length and rooms[i]]
         if resting:
