@@ -204,3 +204,10 @@ def test_calibration_shows_costs_beside_their_floors(tmp_path: Any, monkeypatch:
     assert "Predictions of" in console.export_text()
     result.plot(tmp_path / "cost.svg")
     assert "operations ÷ peak" in (tmp_path / "cost.svg").read_text()
+
+
+def test_prompts_are_read_in_steps_no_wider_than_pays() -> None:
+    dear = LatencyModel("device", ((1, 1.0), (32, 1.0), (64, 2.0)), 0.0, 0.0)  # from 32 tokens on a token costs the same
+    cheap = LatencyModel("device", ((1, 1.0), (32, 1.0), (64, 1.0)), 0.0, 0.0)  # a token more costs nothing
+    assert dear.step_tokens() == 64
+    assert cheap.step_tokens() == 512

@@ -8,6 +8,7 @@ from collections.abc import Sequence as List
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +27,10 @@ from decoding.types import Generation, Message, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from decoding.strategies.base import TokenStrategy
+
+
+_WORTH_HAVING = 0.95
+"""Of the highest tokens per second: sequences beyond those that reach this add nothing but waiting for the others."""
 
 
 class LocalBackend(Backend):
@@ -49,7 +54,7 @@ class LocalBackend(Backend):
         eos: Iterable[int] = (),
         slots: int = 32,
         capacity: int | None = None,
-        step_tokens: int = 512,
+        step_tokens: int | None = None,
         masking: Masking | None = None,
         weights: str = "float32",
     ) -> None:
@@ -177,8 +182,14 @@ class LocalBackend(Backend):
     async def choose(self, prompt: Prompt, options: List[str]) -> Choice:
         """By the likelihoods of the options' first tokens at the end of the prompt; nothing is generated.
 
-        Raises InvalidRequest if two options begin with the same token.
+        Raises InvalidRequest if two options begin with the same token, and CapabilityError for a masked model, which
+        has no next token.
         """
+        if self.masking is not None:
+            raise CapabilityError(
+                f"choosing an option takes the likelihoods of a next token, and {self.name} fills masks in; "
+                "use router=always or a function as router with it, or a causal model."
+            )
         ids = self.encode(prompt)
         firsts = [self.encode(prompt, option)[len(ids) : len(ids) + 1] for option in options]
         tokens = [token for first in firsts for token in first]
@@ -192,6 +203,14 @@ class LocalBackend(Backend):
             return Choice(None, generation)
         chances = dict(zip(options, torch.tensor(decoder.logprobs).softmax(dim=0).tolist(), strict=True))
         return Choice(max(chances, key=lambda option: chances[option]), generation, chances)
+
+    def at_once(self, prompt: Prompt, strategy: TokenStrategy, most: int) -> int:
+        home = strategy.home(self)
+        if self.masking is not None or ("latency" not in vars(home) and not home.engine.cache.free):
+            return most  # masks are filled in many at a time; and it takes a free slot to measure
+        counts = np.arange(1, most + 1)
+        rate = counts / home.latency.cost(counts, counts, len(self.encode(prompt)))
+        return int(np.argmax(rate >= _WORTH_HAVING * rate.max())) + 1
 
     def _generation(self, sequence: Sequence, text: str) -> Generation:
         assert sequence.finish_reason is not None

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from decoding.engine import latency
 from decoding.engine.block import Block, Commit, settled
 from decoding.engine.decoder import Decoder
 from decoding.engine.output import Output
@@ -37,14 +38,15 @@ _LEAST_PREFILL = 32
 class Engine:
     """Decodes sequences on one runner.
 
-    step_tokens: prompts are read in chunks so that a step holds about this many tokens in all.
+    step_tokens: prompts are read in chunks so that a step holds about this many tokens in all; None for as many as the
+    latency model says, if there is one already.
     filming: set it, and every step keeps what its block held (`Step.frame`).
     """
 
-    def __init__(self, runner: Runner, step_tokens: int = 512) -> None:
+    def __init__(self, runner: Runner, step_tokens: int | None = None) -> None:
         self.runner = runner
         self.cache = runner.cache
-        self.step_tokens = step_tokens
+        self.step_tokens = latency.step_tokens(runner) if step_tokens is None else step_tokens
         self.steps = 0
         self.filming = False
         self._ids = itertools.count()

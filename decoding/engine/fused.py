@@ -96,6 +96,7 @@ class FusedModel:
     """
 
     def __init__(self, library: ctypes.CDLL, model: PreTrainedModel, cache: KVCache, weights: str) -> None:
+        self.build = Path(library._name).stem  # names the source and the compiler
         self._run = library.run_step
         self._run.restype = None
         self._run.argtypes = [ctypes.POINTER(Shape), ctypes.c_void_p, ctypes.POINTER(Step)]

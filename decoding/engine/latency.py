@@ -39,6 +39,9 @@ _ROUNDS = 3
 _HELD_OUT = ((5, 1, 160), (10, 2, 96), (20, 4, 64), (40, 8, 48), (16, 16, 48), (1, 1, 320), (28, 28, 48), (7, 1, 32))
 """(tokens, sequences, context) of steps that the model is not fitted to but judged by."""
 
+_CHUNKS = (64, 512)
+"""Fewest and most tokens in a step of which prompts are a part."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -83,6 +86,13 @@ class LatencyModel:
         time = time + self.per_sequence * (np.asarray(sequences) - 1) + self.per_read * tokens * np.asarray(context)
         return time if time.ndim else float(time)
 
+    def step_tokens(self) -> int:
+        """How many tokens a step holds when prompts are read: enough for 95 % of the tokens per second that any number
+        gives, and no more, since sequences that decode wait for them."""
+        tokens = np.arange(_CHUNKS[0], _CHUNKS[1] + 1, 32)
+        rate = tokens / self.cost(tokens, 1, 0)
+        return int(tokens[np.argmax(rate >= 0.95 * rate.max())])
+
     @property
     def error(self) -> float:
         """The median of |predicted ÷ measured - 1| over the steps held out."""
@@ -108,6 +118,12 @@ def latency_of(runner: Runner, *, again: bool = False) -> LatencyModel:
     except OSError:
         pass  # it is measured again next time
     return model
+
+
+def step_tokens(runner: Runner) -> int:
+    """`LatencyModel.step_tokens` if steps of this runner were ever measured here, the most otherwise."""
+    known = _read(_path(runner))
+    return _CHUNKS[1] if known is None else known.step_tokens()
 
 
 def measure(runner: Runner) -> LatencyModel:
@@ -202,6 +218,7 @@ def _path(runner: Runner) -> Path:
     what = (
         sorted(shape.items()),
         runner.kernels,
+        "" if runner.fused is None else runner.fused.build,
         str(runner.model.dtype),
         device_name(runner.device),
         torch.get_num_threads(),
