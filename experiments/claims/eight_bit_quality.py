@@ -20,7 +20,7 @@ from decoding.backends.local import LocalBackend
 from decoding.engine.block import Block
 from decoding.engine.packing import Row
 from decoding.report.statistics import bootstrap, geometric_mean_ratio, mean
-from experiments.claims import Finding, arguments, conclude, sample, words
+from experiments.claims import Finding, Verdict, arguments, conclude, sample, words
 
 CLOSE = 1.02
 """Perplexity up to here, relative to float32, counts as kept."""
@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     written = bootstrap(geometric_mean_ratio, of_answer["int8"], of_answer["float32"])
     agreement = bootstrap(mean, same)
     whole = sum(a == b for a, b in zip(answers, others, strict=True))
-    verdict = "holds" if questions.high < CLOSE else "does not hold" if questions.low > CLOSE else "cannot tell"
+    verdict: Verdict = (
+        "holds" if questions.high < CLOSE else "does not hold" if questions.low > CLOSE else "cannot tell"
+    )
     finding = Finding(
         claim="Weights in 8 bits, a factor for each row, leave perplexity where it was (within 2 %)",
         source="Dettmers et al. 2022, LLM.int8()",
