@@ -129,7 +129,12 @@ def command_line(arguments: Sequence[str] | None) -> argparse.ArgumentParser:
     report.add_argument("directory", type=Path, help="run directory")
     report.add_argument("other", type=Path, nargs="?", help="another run, to compare with")
     report.add_argument(
-        "--export", nargs="+", type=Path, default=[], metavar="FILE", help="also as .csv, .parquet, .md"
+        "--export",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="also as .csv, .parquet, .md, or a folder of FastChat's",
     )
 
     judge = command(

@@ -21,6 +21,7 @@ import prompts
 from decoding.api import run as run_to_end
 from decoding.backends.base import Backend
 from decoding.errors import InvalidRequest
+from decoding.report.fastchat import write_fastchat
 from decoding.report.judgments import Judgment, Winner, append_judgment, read_judgments
 from decoding.report.records import BASELINE, AnswerRecord
 from decoding.report.runfile import Run
@@ -108,7 +109,8 @@ def judge_run(
 
     strategies: by default every one that does not promise plain decoding's answers. Of repeated answers the first is
     judged. Pairs that this judge has judged before are left alone, failed ones excepted, so that an interrupted run
-    goes on where it stopped. Returns the judgments made now.
+    goes on where it stopped. Questions and answers are written there, too, in FastChat's layout, for its own judge and
+    viewers. Returns the judgments made now.
 
     Raises InvalidRequest if there is nothing to compare.
     """
@@ -133,6 +135,7 @@ def judge_run(
         await asyncio.gather(*(compare(answer, other) for answer, other in pairs))
 
     judge.backend.require(Autoregressive())
+    write_fastchat(run, directory)
     run_to_end(compare_all())
     return tuple(made)
 

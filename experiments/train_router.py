@@ -1,13 +1,16 @@
 """Trains the router's classifier on questions labelled `label;request`, and says what it is worth.
 
     python -m experiments.train_router [QUESTIONS] [--model smollm2-135m] [--test FILE] [--output HEAD.safetensors]
-    python -m experiments.train_router --evaluate HEAD.safetensors --test FILE       (or --evaluate prompt)
+    python -m experiments.train_router --evaluate classifier --test FILE [--labels FILE]
+    python -m experiments.train_router --evaluate prompt --test default
 
 A label of 1 means that a list of points which can be written independently suits the question. QUESTIONS is the
 shipped suite unless another file is named. The features are the served model's own hidden states; the head is logistic
 regression with a penalty chosen by cross-validation, trained in seconds. Printed are accuracy, precision and recall
-beside those of routing nothing ("always no"): cross-validated, and on the files given as --test, which must not hold
-questions that were trained on. Latency is the wall-clock time of one decision.
+beside those of routing nothing ("always no"): cross-validated, and by category on the files given as --test, which must
+not hold questions that were trained on. --evaluate takes the shipped head ("classifier"), another one (a .safetensors
+file) or any router in text form. --labels names a `label;request` file for --test files that have categories and no
+labels, such as FastChat's `question.jsonl`. Latency is the wall-clock time of one decision.
 """
 
 from __future__ import annotations
@@ -24,12 +27,15 @@ import torch
 
 import decoding
 from decoding.errors import InvalidRequest
-from decoding.questions import load_questions
+from decoding.questions import Question
 from decoding.strategies.router import Classifier, Router, as_router
 from decoding.strategies.router.classifier import Head, HeadCard, model_mark, question_features
+from experiments.sot_vicuna import chosen
 
 FOLDS, ORDERS = 5, 3
 PENALTIES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+ALL = "all"
+COLUMNS = f"{'category':<20}{'questions':>10}{'accuracy':>10}{'precision':>11}{'recall':>8}{'always no':>11}{'ms':>6}"
 
 
 @dataclass(frozen=True)
@@ -61,13 +67,27 @@ class Scores:
         )
 
 
-def read(source: str) -> tuple[list[str], list[bool]]:
-    """Questions and labels."""
-    questions = load_questions(source)
-    labels = [question.list_type for question in questions]
-    if any(label is None for label in labels):
-        raise InvalidRequest(f"{source} does not say of every question whether a list suits it (label;request).")
-    return [question.turns[0] for question in questions], [bool(label) for label in labels]
+@dataclass(frozen=True)
+class Decision:
+    """What a router chose for a labelled question, and how long that took, in seconds."""
+
+    question: Question
+    skeleton: bool
+    seconds: float
+
+    @property
+    def right(self) -> bool:
+        return self.skeleton == self.question.list_type
+
+
+def read(source: str, labels: str | None = None) -> list[Question]:
+    """Questions of which each has a label, its own or that of another file."""
+    questions = chosen(source, labels, only_lists=False)
+    if any(question.list_type is None for question in questions):
+        raise InvalidRequest(
+            f"{source} does not say of every question whether a list suits it; name a label;request file (--labels)."
+        )
+    return questions
 
 
 def fit(features: torch.Tensor, labels: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,8 +132,9 @@ def cross_validated(features: torch.Tensor, labels: torch.Tensor, penalty: float
 
 def train(lm: decoding.LocalBackend, source: str, layers: Sequence[int]) -> Head:
     """A head for `lm`, trained on all questions of `source`; its card holds the cross-validated scores."""
-    questions, answers = read(source)
-    features = torch.stack([question_features(lm, question, layers)[0] for question in questions]).double()
+    questions = read(source)
+    answers = [bool(question.list_type) for question in questions]
+    features = torch.stack([question_features(lm, question.turns[0], layers)[0] for question in questions]).double()
     labels = torch.tensor(answers, dtype=torch.float64)
     best = min(PENALTIES, key=lambda penalty: cross_validated(features, labels, penalty)[1])
     every, loss = cross_validated(features, labels, best)
@@ -134,21 +155,33 @@ def train(lm: decoding.LocalBackend, source: str, layers: Sequence[int]) -> Head
     return Head(card, weight.float(), bias.float(), model_mark(lm))
 
 
-async def evaluate(lm: decoding.Backend, router: Router, source: str) -> tuple[Scores, list[float], list[str]]:
-    """Scores of a router, seconds of each decision, and the questions it sent the wrong way."""
-    questions, labels = read(source)
-    chosen, seconds = [], []
+async def decide(lm: decoding.Backend, router: Router, questions: Sequence[Question]) -> list[Decision]:
+    """Route every question, one after the other."""
+    decisions = []
     for question in questions:
         began = time.perf_counter()
-        route = await router.route(question, [], lm)
-        seconds.append(time.perf_counter() - began)
-        chosen.append(route.skeleton)
-    wrong = [
-        f"{int(label)}  {question}"
-        for question, label, choice in zip(questions, labels, chosen, strict=True)
-        if label != choice
-    ]
-    return Scores.of(chosen, labels), seconds, wrong
+        route = await router.route(question.turns[0], [], lm)
+        decisions.append(Decision(question, route.skeleton, time.perf_counter() - began))
+    return decisions
+
+
+def table(decisions: Sequence[Decision]) -> str:
+    """Scores and median latency by category, and of all questions together."""
+    groups: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        groups.setdefault(decision.question.category, []).append(decision)
+    if len(groups) > 1:
+        groups[ALL] = list(decisions)
+    return "\n".join([COLUMNS, *(_line(category, group) for category, group in groups.items())])
+
+
+def _line(category: str, group: Sequence[Decision]) -> str:
+    labels = [bool(decision.question.list_type) for decision in group]
+    scores = Scores.of([decision.skeleton for decision in group], labels)
+    return (
+        f"{category:<20}{scores.questions:>10}{scores.accuracy:>10.1%}{scores.precision:>11.1%}{scores.recall:>8.1%}"
+        f"{scores.always_no:>11.1%}{1000 * statistics.median(decision.seconds for decision in group):>6.0f}"
+    )
 
 
 def main() -> None:
@@ -159,8 +192,17 @@ def main() -> None:
     parser.add_argument("--test", nargs="+", default=[], metavar="FILE", help="label;request files to evaluate on")
     parser.add_argument("--output", type=Path, help="where to write the head (.safetensors; its card goes beside it)")
     parser.add_argument("--evaluate", metavar="ROUTER", help="evaluate this head, or router in text form, only")
+    parser.add_argument("--labels", metavar="FILE", help="label;request, for --test files without labels of their own")
     parser.add_argument("--wrong", action="store_true", help="list the questions that went astray")
     arguments = parser.parse_args()
+    tests = {file: read(file, arguments.labels) for file in arguments.test}
+    if not arguments.evaluate:
+        known = {question.turns[0] for question in read(arguments.questions)}
+        for file, questions in tests.items():
+            if known & {question.turns[0] for question in questions}:
+                raise InvalidRequest(f"{file} holds questions to train on; scores on those would mean nothing.")
+    elif not tests:
+        parser.error("--evaluate needs questions to evaluate on: --test FILE.")
     lm = decoding.load(arguments.model)
     router: Router
     if arguments.evaluate:
@@ -174,12 +216,11 @@ def main() -> None:
         print(f"wrote {path} and {path.with_suffix('.json')}")
         router = Classifier(head=str(path))
     for file in arguments.test:
-        if not arguments.evaluate and set(read(file)[0]) & set(read(arguments.questions)[0]):
-            raise InvalidRequest(f"{file} holds questions that the head was trained on; its scores would mean nothing.")
-        scores, seconds, wrong = asyncio.run(evaluate(lm, router, file))
-        print(f"{router} on {scores}; {1000 * statistics.median(seconds):.0f} ms a decision (median)")
+        decisions = asyncio.run(decide(lm, router, tests[file]))
+        print(f"\n{router} on {file}\n{table(decisions)}")
         if arguments.wrong:
-            print("\n".join(wrong))
+            wrong = [decision.question for decision in decisions if not decision.right]
+            print("\n".join(f"{int(bool(question.list_type))}  {question.turns[0]}" for question in wrong))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,14 @@ def test_points_differ_in_their_titles_only(family: str) -> None:
     assert len(second) - len(common_start(second, third)) <= own
 
 
+def test_small_models_read_nothing_but_the_title_for_each_further_point() -> None:
+    first, second = as_text(expand("skeleton/small", 1, "Repair pipes")), as_text(expand("skeleton/small", 2, "Save"))
+    assert second.removeprefix(common_start(first, second)) == "Save:**"
+    # Without a pre-filled beginning, the request has to say which point is meant.
+    asked = expand("skeleton/small", 1, "Repair pipes", can_prefill=False).messages[-1]["content"]
+    assert asked.endswith("only: Repair pipes")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lengths_and_limits_reach_the_prompt(family: str) -> None:
     asked = outline(family, min_points=2, max_points=7, title_words="two").messages[-1]["content"]
@@ -97,9 +105,9 @@ def test_lengths_and_limits_reach_the_prompt(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parents_are_told_before_the_point(family: str) -> None:
     parents = [{"index": 1, "title": "Repair pipes", "text": "Leaks waste a fifth."}]
-    asked = expand(family, 3, "Price by use", parents=parents).messages[-1]["content"]
+    asked = as_text(expand(family, 3, "Price by use", parents=parents))
     assert asked.index("Leaks waste a fifth.") < asked.rindex("Price by use")
-    assert "Already written" not in expand(family, 3, "Price by use").messages[-1]["content"]
+    assert "Already written" not in as_text(expand(family, 3, "Price by use"))
 
 
 def test_dependencies_are_asked_for_in_the_form_that_the_parser_reads() -> None:
@@ -126,7 +134,26 @@ def test_earlier_turns_of_a_conversation_come_before_the_question(family: str) -
 
 def test_the_worked_examples_are_outlines_of_usable_points() -> None:
     examples = [message["content"] for message in outline("skeleton/small").messages if message["role"] == "assistant"]
-    assert [len(parse_outline(example)) for example in examples] == [0, 5, 5]
+    assert [len(parse_outline(example)) for example in examples] == [0, 8, 8]
+    fewer = outline("skeleton/small", max_points=4).messages
+    assert [len(parse_outline(m["content"])) for m in fewer if m["role"] == "assistant"] == [0, 4, 4]
+    assert "3 to 4 points" in fewer[-1]["content"]
+    assert "list of 3 points" in outline("skeleton/small", max_points=3).messages[-1]["content"]
+
+
+def test_the_worked_point_is_as_long_as_points_may_be() -> None:
+    worked = [outline("skeleton/small", sentences=count).messages[1]["content"] for count in (1, 2, 3, 4)]
+    assert [text.count(". ") + 1 for text in worked] == [1, 2, 3, 4]
+    assert outline("skeleton/small").messages[1]["content"] == worked[1]
+
+
+def test_needs_stand_in_the_worked_outlines_only_if_they_are_asked_for() -> None:
+    for asked in (False, True):
+        texts = [
+            m["content"] for m in outline("skeleton/small", dependencies=asked).messages if m["role"] == "assistant"
+        ]
+        needs = [point.needs for text in texts for point in parse_outline(text) if point.needs]
+        assert needs == ([(2,), (3,), (1,)] if asked else [])
 
 
 @pytest.mark.parametrize("question", ["{{ 7 * 7 }} {% raw %}", "<b>&amp;</b>", "多言語？", "a\n\nb", '{"a": [1]}'])

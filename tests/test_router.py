@@ -15,12 +15,15 @@ import decoding
 import prompts
 from decoding.backends.choice import named_option
 from decoding.errors import CapabilityError, InvalidRequest, ModelError
+from decoding.masked import Masking
+from decoding.questions import Question
 from decoding.strategies import SkeletonOfThought
 from decoding.strategies.router import Always, Classifier, FunctionRouter, Prompted, as_router
 from decoding.strategies.router.classifier import SHIPPED, Head, HeadCard, question_features
 from decoding.types import Generation, Message, SamplingParams
-from experiments.train_router import Scores, fit, train
+from experiments.train_router import Decision, Scores, decide, fit, read, table, train
 from tests.dictation import OUTLINED, QUESTION, Typist
+from tests.refiners import Slope
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 PARAMS = SamplingParams(max_new_tokens=60)
@@ -28,7 +31,9 @@ PARAMS = SamplingParams(max_new_tokens=60)
 
 def backend(**model: Any) -> decoding.LocalBackend:
     tiny = tiny_model("llama", **{"max_position_embeddings": 4096, **model})
-    return decoding.LocalBackend(tiny, tiny_tokenizer(), name="tiny", eos=[EOS], slots=8, capacity=3072)
+    lm = decoding.LocalBackend(tiny, tiny_tokenizer(), name="tiny", eos=[EOS], slots=8, capacity=3072)
+    lm.latency = Slope(0)  # type: ignore[assignment]  # a wide step costs what a narrow one does
+    return lm
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +218,34 @@ def test_scores_count_what_they_say() -> None:
     assert "always no 60.0%" in str(scores)
 
 
+def test_decisions_are_counted_by_category(lm: decoding.LocalBackend, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(
+        "".join(
+            json.dumps({"question_id": n, "category": category, "turns": [text]}) + "\n"
+            for n, (category, text) in enumerate([("math", "WHAT IS 2?"), ("math", "why?"), ("generic", "NAME TWO")])
+        )
+    )
+    (tmp_path / "l.csv").write_text("label;request\n0;WHAT IS 2?\n0;why?\n1;NAME TWO\n")
+    with pytest.raises(InvalidRequest, match="--labels"):
+        read(str(tmp_path / "q.jsonl"))
+    questions = read(str(tmp_path / "q.jsonl"), str(tmp_path / "l.csv"))
+    decisions = asyncio.run(decide(lm, as_router(str.isupper), questions))
+    assert [decision.right for decision in decisions] == [False, True, True]
+    _, math_, generic, every = table(decisions).splitlines()
+    assert math_.split()[:5] == ["math", "2", "50.0%", "0.0%", "0.0%"]
+    assert generic.split()[:5] == ["generic", "1", "100.0%", "100.0%", "100.0%"]
+    assert every.split()[:6] == ["all", "3", "66.7%", "50.0%", "100.0%", "66.7%"]
+    assert len(table([Decision(Question("1", "math", ("?",), list_type=True), True, 0.1)]).splitlines()) == 2
+
+
 def test_routers_have_text_forms() -> None:
     for text in ("always", "prompt", "prompt(threshold=0.3)", "classifier(threshold=0.7)"):
         assert str(as_router(text)) == text and as_router(text) == as_router(str(as_router(text)))
     assert as_router(str.isupper) == FunctionRouter(str.isupper)
+
+
+def test_a_masked_model_has_no_next_token_to_choose_by() -> None:
+    lm = backend()
+    lm.masking = Masking(mask=3, span=0)
+    with pytest.raises(CapabilityError, match="fills masks in; use router=always"):
+        asyncio.run(lm.choose("A or B?", ("A", "B")))

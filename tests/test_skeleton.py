@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import decoding
@@ -13,15 +15,18 @@ from decoding.errors import InvalidRequest
 from decoding.strategies import Autoregressive, Jacobi, SkeletonOfThought, Speculative, parse
 from decoding.types import Generation, Message, SamplingParams
 from tests.dictation import OUTLINE, OUTLINED, QUESTION, TITLES, Dictated, Typist
+from tests.refiners import Slope
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
-PARAMS = SamplingParams(max_new_tokens=120)
+PARAMS = SamplingParams(max_new_tokens=200)
 
 
 @pytest.fixture(scope="module")
 def lm() -> decoding.LocalBackend:
     model = tiny_model("llama", max_position_embeddings=4096)
-    return decoding.LocalBackend(model, tiny_tokenizer(), name="tiny", eos=[EOS], slots=12, capacity=3072)
+    backend = decoding.LocalBackend(model, tiny_tokenizer(), name="tiny", eos=[EOS], slots=12, capacity=3072)
+    backend.latency = Slope(0)  # type: ignore[assignment]  # a wide step costs what a narrow one does
+    return backend
 
 
 def answer(lm: Backend, params: SamplingParams = PARAMS, question: Any = QUESTION, **options: Any) -> Generation:
@@ -76,7 +81,7 @@ def test_a_point_is_shown_the_outline_as_far_as_itself(lm: decoding.LocalBackend
             outline=("1." + OUTLINE).split(f"\n{number + 1}.")[0].strip(),
             index=number,
             title=title,
-            max_points=6,
+            max_points=5,
         )
         for number, title in enumerate(TITLES, 1)
     ]
@@ -108,7 +113,7 @@ def test_stages_have_strategies_of_their_own(lm: decoding.LocalBackend, expand: 
 
 
 def dictated(*texts: tuple[str, str]) -> Dictated:
-    return Dictated(tuple((f"this point only: {title}", text) for title, text in texts))
+    return Dictated(tuple((f"**{title}:**", text) for title, text in texts))
 
 
 def test_a_stream_is_in_order_and_as_early_as_it_can_be(lm: decoding.LocalBackend) -> None:
@@ -145,7 +150,7 @@ def test_a_listener_that_has_heard_enough_ends_all_points(lm: decoding.LocalBack
 
     out = answer(lm, on_text=listen)
     assert len(heard) == 1 and out.text == heard[0] and out.finish_reason == "stop"
-    assert out.metrics.new_tokens < 120 and not lm.engine.busy
+    assert out.metrics.new_tokens < 200 and not lm.engine.busy
 
 
 @pytest.mark.parametrize("outline", ["There is no list here.", " Only this\n", ""])
@@ -168,8 +173,8 @@ def test_points_wait_for_those_they_need_and_see_their_texts(lm: decoding.LocalB
         (
             ("Compare both: Both are loud.", "So choose boats."),
             ("Trains: Rails sing at dawn.\nPlanes: Wings hum.", "Both are loud."),
-            ("about this point only: Trains", "Rails sing at dawn."),
-            ("about this point only: Planes", "Wings hum."),
+            ("**Trains:**", "Rails sing at dawn."),
+            ("**Planes:**", "Wings hum."),
             ("Choose: So choose boats.", "They float."),
         )
     )
@@ -252,22 +257,90 @@ def test_earlier_turns_are_part_of_every_prompt(lm: decoding.LocalBackend) -> No
 
 
 def test_limits_of_points() -> None:
-    assert SkeletonOfThought().budget(0, 1000) == 64
+    assert SkeletonOfThought().budget(0, 1000) == 96
     even = SkeletonOfThought(max_points=4)
-    assert [even.budget(place, 100) for place in range(4)] == [25] * 4
+    assert [even.budget(place, 200) for place in range(4)] == [50] * 4
     uneven = SkeletonOfThought(max_points=4, point_tokens="96, 48")
     assert uneven == SkeletonOfThought(max_points=4, point_tokens=[96, 48]) == parse(str(uneven))
     assert [uneven.budget(place, 1000) for place in range(4)] == [96, 48, 48, 48]
-    assert [uneven.budget(place, 120) for place in range(4)] == [48, 24, 24, 24]
-    assert SkeletonOfThought().budget(5, 1) == 1
+    assert [uneven.budget(place, 160) for place in range(4)] == [64, 32, 32, 32]
+    assert SkeletonOfThought().budget(2, 1) == 1
+
+
+def test_a_small_budget_gives_fewer_points_rather_than_shorter_ones() -> None:
+    strategy = SkeletonOfThought()
+    assert [strategy.points(tokens) for tokens in (1, 128, 160, 256, 640, 4096)] == [3, 3, 4, 6, 8, 8]
+    for tokens in (120, 160, 250, 319, 640, 4096):
+        assert strategy.budget(0, tokens) >= 40
+        assert strategy.points(tokens) * strategy.budget(0, tokens) <= tokens or strategy.budget(0, tokens) == 96
+    assert SkeletonOfThought(point_tokens=10).points(80) == 8  # points that are meant to be short
+    assert SkeletonOfThought(max_points=2).points(40) == 2
+
+
+def test_points_are_asked_to_be_as_long_as_they_have_room_for(lm: decoding.LocalBackend) -> None:
+    def asked(tokens: int, **options: Any) -> str:
+        limit = SkeletonOfThought(**options).budget(0, tokens)
+        return SkeletonOfThought(**options).length_of(limit)
+
+    assert [asked(tokens) for tokens in (60, 160, 500, 640)] == [
+        "one sentence", "one or two sentences", "two or three sentences", "three or four sentences",
+    ]  # fmt: skip
+    assert asked(640, length="two lines") == "two lines"
+    for prompt, words in (("skeleton", "two or three"), ("skeleton/small", "two or three")):
+        room = answer(lm, PARAMS.but(max_new_tokens=260), prompt=prompt, point_tokens=62, max_points=4)
+        said = lm.tokenizer.decode(lm.encode(prompts.render(f"{prompt}/outline", question=QUESTION).messages))
+        assert words not in said  # it is not the default
+        short = answer(lm, PARAMS.but(max_new_tokens=260), prompt=prompt, point_tokens=42, max_points=4)
+        longer = room.parts["point 1"].metrics.prompt_tokens - short.parts["point 1"].metrics.prompt_tokens
+        assert longer >= len("two or three sentences") - len("one or two sentences")
+
+
+@pytest.mark.parametrize(("slope", "together"), [(0.0, 4), (1.0, 1)])
+def test_as_many_points_at_once_as_raise_the_tokens_per_second(
+    lm: decoding.LocalBackend, monkeypatch: pytest.MonkeyPatch, slope: float, together: int
+) -> None:
+    monkeypatch.setattr(lm, "latency", Slope(slope))
+    out, free = answer(lm, pipeline=False), answer(lm, at_once=4, pipeline=False)
+    assert most_at_once(out) == together and most_at_once(free) == 4
+    assert out.text == free.text  # when points are written changes none of them
+    assert most_at_once(answer(lm, at_once=2, pipeline=False)) == 2
+
+
+def most_at_once(generation: Generation) -> int:
+    """How many points were in one step, at most."""
+    spans = [steps(part) for part in points(generation)]
+    return max(sum(step in span for span in spans) for step in range(spans[-1][-1] + 1))
+
+
+def test_how_many_at_once_follows_the_curve_of_costs(
+    lm: decoding.LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_once(cost: Any, most: int = 8) -> int:
+        monkeypatch.setattr(lm, "latency", SimpleNamespace(cost=lambda tokens, sequences, context: cost(tokens)))
+        return lm.at_once(QUESTION, Autoregressive(), most)
+
+    assert at_once(lambda n: np.ones_like(n, dtype=float)) == 8  # free: all of them
+    assert at_once(lambda n: n.astype(float)) == 1  # no slack: one after the other
+    assert at_once(lambda n: np.maximum(n, 3.0)) == 3  # slack up to three tokens
+    assert at_once(lambda n: np.maximum(n, 30.0), most=5) == 5
+    monkeypatch.delattr(lm, "latency")
+    monkeypatch.setattr(type(lm.engine.cache), "free", 0)
+    assert lm.at_once(QUESTION, Autoregressive(), 5) == 5  # no slot to measure in
+    assert Typist(lambda _: "").at_once(QUESTION, Autoregressive(), 7) == 7
+
+
+def test_points_that_wait_for_others_do_not_wait_for_a_place(lm: decoding.LocalBackend) -> None:
+    out = answer(lm, outline=Dictated((("", NEEDS),)), dependencies=True, at_once=1)
+    assert out.error is None and len(points(out)) == 5 and most_at_once(out) == 1
 
 
 def test_limits_and_lengths_reach_the_points(lm: decoding.LocalBackend) -> None:
     out = answer(lm, PARAMS.but(max_new_tokens=600), point_tokens="20, 10, 5", length="about 40 words")
     assert [len(part.tokens) for part in points(out)] == [20, 10, 5, 5]
     plain = answer(lm, PARAMS.but(max_new_tokens=600), point_tokens="20, 10, 5")
+    # Said twice: in the worked example, and of the point.
     grown = out.parts["point 1"].metrics.prompt_tokens - plain.parts["point 1"].metrics.prompt_tokens
-    assert grown == len("about 40 words") - len("one or two sentences")
+    assert grown == 2 * (len("about 40 words") - len("one sentence"))
 
 
 @pytest.mark.parametrize(
@@ -280,6 +353,8 @@ def test_limits_and_lengths_reach_the_points(lm: decoding.LocalBackend) -> None:
         ({"point_tokens": 0}, "point_tokens must be one integer"),
         ({"point_tokens": "many"}, "point_tokens must be one integer"),
         ({"point_tokens": []}, "point_tokens must be one integer"),
+        ({"at_once": -1}, "at_once must be an integer of at least 0"),
+        ({"max_points": True}, "max_points must be an integer"),
         ({"router": "sometimes"}, "unknown router 'sometimes'"),
         ({"router": "prompt(threshold=2)"}, "between 0 and 1"),
         ({"router": "classifier(heads=x)"}, "did you mean 'head'"),

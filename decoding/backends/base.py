@@ -51,6 +51,11 @@ class Backend(ABC):
         generation = await self.complete(prompt, SamplingParams(max_new_tokens=8), Autoregressive())
         return Choice(None if generation.error else named_option(generation.text, options), generation)
 
+    def at_once(self, prompt: Prompt, strategy: TokenStrategy, most: int) -> int:
+        """How many continuations of a prompt to write at the same time, of `most` in all: as many as raise the tokens
+        per second, and all of them where nobody knows what that costs."""
+        return most
+
     def forget(self) -> None:  # noqa: B027 - a backend that keeps nothing has nothing to do
         """Reuse nothing of earlier requests for the next one: no cached prefix, nothing that a drafter learned."""
 

@@ -20,6 +20,7 @@ from decoding.report.export import (
     write_csv,
     write_parquet,
 )
+from decoding.report.fastchat import write_fastchat
 from decoding.report.html import write_comparison, write_report
 from decoding.report.records import BASELINE, SCHEMA, AnswerRecord, PartRecord, RunHeader, config_hash
 from decoding.report.redaction import Json
@@ -57,6 +58,7 @@ __all__ = [
     "summary_table",
     "write_comparison",
     "write_csv",
+    "write_fastchat",
     "write_parquet",
     "write_report",
 ]

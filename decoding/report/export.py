@@ -1,4 +1,4 @@
-"""Records and figures in other forms: flat rows for data frames, CSV, Parquet, Markdown.
+"""Records and figures in other forms: flat rows for data frames, CSV, Parquet, Markdown, FastChat's files.
 
 A data frame of a run is `pandas.DataFrame(flat_rows(run))`, or polars' in the same way.
 """
@@ -15,6 +15,7 @@ from typing import TypeAlias
 from decoding.errors import RecordError
 from decoding.report.compared import RunComparison, verdict
 from decoding.report.definitions import DEFINITIONS, OF_TWO_RUNS, Definition
+from decoding.report.fastchat import write_fastchat
 from decoding.report.runfile import Run
 from decoding.report.summary import Summary, summarize
 from decoding.report.table import columns, comparison_cells, headline
@@ -82,7 +83,8 @@ EXPORTS = (".csv", ".parquet", ".md")
 
 
 def export(run: Run, path: str | os.PathLike[str], *, summary: Summary | None = None) -> None:
-    """Write every answer (`.csv`, `.parquet`) or the table (`.md`), as the ending of `path` says.
+    """Write every answer (`.csv`, `.parquet`) or the table (`.md`), as the ending of `path` says; a path without one
+    becomes a folder of FastChat's, with the questions and every strategy's answers.
 
     `summary` saves computing it again. Raises RecordError for another ending or if the file cannot be written.
     """
@@ -93,8 +95,13 @@ def export(run: Run, path: str | os.PathLike[str], *, summary: Summary | None = 
         write_parquet(run, path)
     elif kind == ".md":
         _write(path, markdown(summary or summarize(run)))
+    elif not kind:
+        write_fastchat(run, path)
     else:
-        raise RecordError(f"{path}: exports are {', '.join(EXPORTS)} files; give the file one of these endings.")
+        raise RecordError(
+            f"{path}: exports are {', '.join(EXPORTS)} files, or folders of FastChat's; give it one of these endings, "
+            "or none for a folder."
+        )
 
 
 def export_comparison(comparison: RunComparison, path: str | os.PathLike[str]) -> None:

@@ -19,6 +19,15 @@ from decoding.strategies.router import Always, Router, as_router
 from decoding.strategies.skeleton_answer import SkeletonAnswer
 from decoding.types import Generation, Prompt, SamplingParams
 
+_FEWEST = 3
+"""Points that are asked for at least, however little room there is."""
+_ROOM = 40
+"""Tokens that a point should have: below that it is hardly a sentence or two, and fewer points say more."""
+_SENTENCE = 20
+"""Tokens of a short sentence."""
+_LENGTHS = ("one sentence", "one or two sentences", "two or three sentences", "three or four sentences")
+"""What to ask for where a point has room for 1, 2, 3, 4 sentences."""
+
 
 @dataclass(frozen=True)
 class SkeletonOfThought(Strategy):
@@ -33,10 +42,13 @@ class SkeletonOfThought(Strategy):
     in its prompt; all the points whose needs are met are written at the same time. A point can need earlier ones
     only, which breaks every cycle: of two points that need each other, the one that comes first goes ahead.
 
-    max_points: points beyond these are left out. outline_tokens: limit of the outline. point_tokens: limit of each
-    point; several ("96, 48") are for the first, the second … point, the last of them for all further ones. A request's
-    `max_new_tokens` bounds the points together: if `max_points` of them could exceed it, all their limits shrink in
-    proportion. length: how much to ask for ("about 40 words"; "" for the template's own "one or two sentences").
+    max_points: how many are asked for at most; points beyond these are left out. outline_tokens: limit of the outline.
+    point_tokens: limit of each point; several ("96, 48") are for the first, the second … point, the last of them for
+    all further ones. A request's `max_new_tokens` bounds the points together: fewer are asked for where they would have
+    less than 40 tokens each, and their limits shrink in proportion if they could still exceed it together.
+    length: how much to ask for ("about 40 words"); "" asks for as many sentences as a point's limit has room for.
+    at_once: how many points are written at the same time; 0 takes as many as raise the tokens per second, by what a
+    step costs on this backend (`backend.latency`). The texts are the same, only their order in time is not.
     repetition_penalty: for requests that set none, on local models only (servers have no common field for it);
     without it a small model writes the same point over and over.
     prompt: the templates, a name under `prompts/`; "" takes the ones for small models below a billion parameters.
@@ -55,10 +67,11 @@ class SkeletonOfThought(Strategy):
     pipeline: bool = True
     router: Router | str | Callable[[str], bool] = Always()
     dependencies: bool = False
-    max_points: int = 6
+    max_points: int = 8
     outline_tokens: int = 96
-    point_tokens: int | str | Sequence[int] = 64
+    point_tokens: int | str | Sequence[int] = 96
     length: str = ""
+    at_once: int = 0
     repetition_penalty: float = 1.1
     prompt: str = ""
     templates: str | None = None
@@ -84,8 +97,9 @@ class SkeletonOfThought(Strategy):
         for option in ("pipeline", "dependencies"):
             if not isinstance(value := getattr(self, option), bool):
                 raise InvalidRequest(f"{option} must be true or false, not {value!r}.")
-        for option, least in (("max_points", 2), ("outline_tokens", 1)):
-            if not isinstance(value := getattr(self, option), int) or value < least:
+        for option, least in (("max_points", 2), ("outline_tokens", 1), ("at_once", 0)):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
         limits = _limits(self.point_tokens)
         object.__setattr__(self, "point_tokens", limits[0] if len(limits) == 1 else ", ".join(map(str, limits)))
@@ -105,13 +119,26 @@ class SkeletonOfThought(Strategy):
         assert isinstance(strategy, TokenStrategy)
         return strategy
 
+    def points(self, max_new_tokens: int) -> int:
+        """How many points to ask for in a request that may have so many new tokens."""
+        room = min(_ROOM, *_limits(self.point_tokens))
+        return min(self.max_points, max(max_new_tokens // room, _FEWEST))
+
     def budget(self, place: int, max_new_tokens: int) -> int:
         """Tokens that the point at `place` (from 0) may have. It does not depend on how many points there will be,
         so that writing can begin before that is known."""
         limits = _limits(self.point_tokens)
         limits += limits[-1:] * (self.max_points - len(limits))
-        total = sum(limits[: self.max_points])
+        total = sum(limits[: self.points(max_new_tokens)])
         return max(limits[place] * min(max_new_tokens, total) // total, 1)
+
+    def sentences(self, tokens: int) -> int:
+        """How many sentences a point of so many tokens has room for, 1 to 4."""
+        return min(max(tokens // _SENTENCE, 1), len(_LENGTHS))
+
+    def length_of(self, tokens: int) -> str:
+        """What to ask for where a point may have so many tokens."""
+        return self.length or _LENGTHS[self.sentences(tokens) - 1]
 
 
 def _limits(point_tokens: int | str | Sequence[int]) -> list[int]:

@@ -44,18 +44,22 @@ class SkeletonAnswer:
         self._backend = backend
         self._on_text = on_text
         self._history, self._question = _conversation(prompt)
+        self._most = strategy.points(params.max_new_tokens)
+        last = strategy.budget(self._most - 1, params.max_new_tokens)  # where limits differ, that of most points
         self._ask: dict[str, object] = {
             "question": self._question,
             "history": self._history,
-            "max_points": strategy.max_points,
+            "max_points": self._most,
             "dependencies": strategy.dependencies,
             "can_prefill": "prefill" in backend.capabilities,
-            **({"length": strategy.length} if strategy.length else {}),
+            "length": strategy.length_of(last),
+            "sentences": strategy.sentences(last),
         }
         self._style = strategy.prompt or ("skeleton/small" if 0 < backend.parameters < 1e9 else "skeleton")
         self._began = time.perf_counter()
         self._parts: dict[str, Generation] = {}
         self._points: list[Point] = []
+        self._places = asyncio.Semaphore(self._most)  # for points that are being written
         self._tasks: list[asyncio.Task[Generation]] = []  # one for each point
         self._text = Composition()
         self._shown = 0  # characters of it
@@ -109,7 +113,10 @@ class SkeletonAnswer:
 
     async def _outline(self) -> Generation:
         chat = prompts.render(f"{self._style}/outline", folder=self._strategy.templates, **self._ask)
-        parser = OutlineParser(max_points=self._strategy.max_points)
+        expand = self._strategy.stage("expand")
+        at_once = self._strategy.at_once or self._backend.at_once(chat.messages, expand, self._most)
+        self._places = asyncio.Semaphore(at_once)
+        parser = OutlineParser(max_points=self._most)
         written = ""
         found: list[tuple[Point, str]] = []  # with the outline as far as the point
 
@@ -139,10 +146,20 @@ class SkeletonAnswer:
         self._show()
 
     async def _expand(self, place: int, point: Point, outline: str) -> Generation:
-        """Write one point, once those it needs are there: a task for each makes topological waves of them all."""
+        """Write one point, once those it needs are there: a task for each makes topological waves of them all.
+
+        Only then does it take one of the places, so that those it waits for cannot be waiting for its own.
+        """
         parents = [other for other, known in enumerate(self._points[:place]) if known.index in point.needs]
         if parents:
             await asyncio.wait([self._tasks[parent] for parent in parents])
+        async with self._places:
+            if self._over:
+                return Generation("", [], "cancelled", Metrics())
+            return await self._written(place, point, parents, outline)
+
+    async def _written(self, place: int, point: Point, parents: Sequence[int], outline: str) -> Generation:
+        limit = self._strategy.budget(place, self._params.max_new_tokens)
         chat = prompts.render(
             f"{self._style}/expand",
             folder=self._strategy.templates,
@@ -154,7 +171,7 @@ class SkeletonAnswer:
                 for parent in parents
                 if (text := self._text.own(parent))
             ],
-            **self._ask,
+            **self._ask | {"length": self._strategy.length_of(limit)},
         )
 
         def read(piece: str) -> bool:
@@ -162,7 +179,6 @@ class SkeletonAnswer:
             self._show()
             return self._over
 
-        limit = self._strategy.budget(place, self._params.max_new_tokens)
         generation = await self._part(f"point {place + 1}", chat, limit, read, (f"\n{point.index + 1}.",))
         self._text.finish(place, truncated=generation.finish_reason in _CUT_OFF)
         self._show()
