@@ -78,7 +78,9 @@ class FakePeer:
     """Takes a tenth of a second per token, or half of that."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.absent, self.rates, self.notes = name, "", {}, {}  # type: ignore[var-annotated]
+        self.name, self.absent = name, ""
+        self.rates: dict[int, list[float]] = {}
+        self.notes: dict[int, str] = {}
         self.asked: list[tuple[list[int], int]] = []
         self.peers.append(self)
 
