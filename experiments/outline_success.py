@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--strategy", default="skeleton")
     parser.add_argument("--streams", type=int, default=8, help="questions at once")
-    parser.add_argument("--max-new-tokens", type=int, default=640, help="of the answers that outlines are made for")
+    parser.add_argument("--max-new-tokens", type=int, default=768, help="of the answers that outlines are made for")
     parser.add_argument("--limit", type=int)
     arguments = parser.parse_args()
     strategy = parse(arguments.strategy)

@@ -1,6 +1,6 @@
 """Plain decoding and Skeleton-of-Thought on `transformers serve`, on a CPU and without a network.
 
-    python -m experiments.serve_transformers [--model smollm2-135m] [--limit 8] [--max-new-tokens 96]
+    python -m experiments.serve_transformers [QUESTIONS] [--model smollm2-135m] [--limit 4] [--max-new-tokens 160]
 
 Makes an environment of its own for the server (transformers with its extra "serving"), starts it for a local
 folder, runs `decoding compare` against it and stops it. This server does not continue messages that were begun
@@ -21,14 +21,16 @@ INSTALL = (["install", "torch==2.13.0"], ["install", "transformers[serving]==5.2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", nargs="?", default="default", help="a question file or a shipped suite")
     parser.add_argument("--venv", type=Path, default=Path(".venvs/transformers-serve"))
     parser.add_argument("--model", default="smollm2-135m", help="alias or folder (%(default)s)")
-    parser.add_argument("--questions", default="default")
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
-    parser.add_argument("--limit", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--limit", type=int, default=4, help="questions (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=160)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--continuous-batching", action="store_true", help="let the server batch requests together")
+    parser.add_argument("--start-seconds", type=float, default=180, help="for the server to start (%(default)s)")
+    parser.add_argument("--run-seconds", type=float, default=600, help="for all answers (%(default)s)")
     parser.add_argument("--output", type=Path, help="run directory (runs/transformers-serve-DATE-TIME)")
     options = parser.parse_args()
     output = options.output or Path("runs") / f"transformers-serve-{datetime.now():%Y%m%d-%H%M%S}"
@@ -37,7 +39,7 @@ def main() -> None:
     command = [str(programs / "transformers"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--device", "cpu", "--dtype", options.dtype]
     command += ["--continuous-batching"] if options.continuous_batching else []
-    with served(command, port, log=output / "server.log", settings={}) as url:
+    with served(command, port, log=output / "server.log", settings={}, patience=options.start_seconds) as url:
         compared(
             url,
             str(folder),
@@ -46,6 +48,7 @@ def main() -> None:
             limit=options.limit,
             max_new_tokens=options.max_new_tokens,
             strategies=options.strategies,
+            patience=options.run_seconds,
         )
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--only-lists", action="store_true", help="only questions labelled as wanting a list")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=640, help="of plain answers, and of all points together")
+    parser.add_argument("--max-new-tokens", type=int, default=768, help="of plain answers, and of all points together")
     parser.add_argument("--sweep", nargs="+", type=int, default=[], metavar="N", help="ask N questions at once, too")
     parser.add_argument("--output", type=Path, help="run directory (runs/sot-DATE-TIME)")
     parser.add_argument("--model", default="smollm2-135m")
