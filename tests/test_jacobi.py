@@ -226,6 +226,13 @@ def test_the_strategies_decode_through_the_public_interface() -> None:
         assert answer.tokens == expected
 
 
+def test_what_no_sequence_has_room_for_is_refused() -> None:
+    lm = decoding.LocalBackend(tiny_model(), tiny_tokenizer(), eos=[EOS], slots=2, capacity=64)
+    for text in ("jacobi(block_size=65)", "jacobi(block_size=16, blocks=5, schedule=hybrid)", "lookahead(window=50)"):
+        with pytest.raises(InvalidRequest, match=r"a sequence.* 64; choose a smaller"):
+            decoding.generate("la", lm, strategy=text)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -106,6 +106,12 @@ class Jacobi(TokenStrategy):
         return adapted(backend, self.adapter)
 
     def decoder(self, backend: LocalBackend) -> Decoder:
+        capacity = backend.engine.cache.capacity
+        if (self.block_size or 0) * self.blocks > capacity:
+            raise InvalidRequest(
+                f"blocks of {self.block_size} tokens do not fit a sequence of {capacity}; choose a smaller block_size "
+                "or load the model with a larger capacity."
+            )
         latency = getattr(backend, "latency", None) if self.block_size is None else None
         unmeasured = _UNMEASURED_BLOCK if self.adapter is None else _LARGEST_BLOCK
         return JacobiDecoder(

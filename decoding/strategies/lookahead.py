@@ -68,6 +68,12 @@ class Lookahead(TokenStrategy):
         return True
 
     def decoder(self, backend: LocalBackend) -> Decoder:
+        most, capacity = 1 + (self.window + self.guesses) * (self.ngram - 1), backend.engine.cache.capacity
+        if most > capacity:
+            raise InvalidRequest(
+                f"a step of lookahead may take {most} tokens here, and a sequence {capacity}; choose a smaller window, "
+                "ngram or guesses, or load the model with a larger capacity."
+            )
         latency = getattr(backend, "latency", None) if self.adaptive else None
         width = None if latency is None else Width(latency)
         return LookaheadDecoder(self.window, self.ngram, self.guesses, shared_pool=self.shared_pool, width=width)
