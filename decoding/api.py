@@ -40,8 +40,9 @@ def load(
     device, dtype: as torch names them; float32 on a CPU by default, the checkpoint's own on a GPU.
     device_map: spread the model over devices with accelerate. slots: sequences held in the cache at once;
     more wait in a queue. capacity: tokens per sequence, by default the context up to 2,048. weights: "float32" (as
-    they are), or "int8" to round those of linear layers to 8-bit integers, which a CPU reads four times as fast;
-    lossless strategies then equal plain decoding with these weights.
+    they are), or those of linear layers rounded: "int8" to 8-bit integers, which a CPU reads four times as fast, or
+    "int4" to four bits with a scale and a minimum for every 32 columns, which Q4_1 files hold anyway, at half the
+    memory. Lossless strategies then equal plain decoding with these weights.
 
     Raises ModelError, UnknownName for an alias that is nearly right, InvalidRequest for sizes out of range.
     """

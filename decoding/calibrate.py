@@ -17,6 +17,7 @@ from torch import nn
 
 from decoding.backends.local import LocalBackend
 from decoding.engine.latency import LatencyModel, latency_of
+from decoding.engine.precision import GROUP, kept_as
 from decoding.report.curves import Curve, chart
 
 _BYTES = 2**28  # read to measure the memory's speed: more than any cache holds
@@ -112,14 +113,17 @@ def calibrate(backend: LocalBackend) -> Calibration:
     latency = latency_of(runner, again=True)
     took = time.perf_counter() - began
     backend.__dict__["latency"] = latency
-    matrices = {m.weight.data_ptr(): m.weight for m in runner.model.modules() if isinstance(m, nn.Linear)}
-    entries = sum(weight.numel() for weight in matrices.values())
-    size = 1 if runner.fused is not None and runner.fused.weights == "int8" else runner.model.dtype.itemsize
+    matrices = {m.weight.data_ptr(): m for m in runner.model.modules() if isinstance(m, nn.Linear)}
+    entries = sum(m.weight.numel() for m in matrices.values())
+    held = "float32" if runner.fused is None else runner.fused.weights
+    head = runner.model.get_output_embeddings()
+    kinds = [(m, kept_as(held, m.in_features, head=m is head)) for m in matrices.values()]
+    sizes = {"float32": runner.model.dtype.itemsize, "int8": 1, "int4": 0.5 + 4 / GROUP}  # two halves for a group
     return Calibration(
         latency=latency,
         bandwidth=_bandwidth(runner.device),
         peak=_peak(runner.device, runner.model.dtype),
-        weights=entries * size,
+        weights=round(sum(m.weight.numel() * sizes[kind] for m, kind in kinds)),
         work=entries,
         took=took,
     )

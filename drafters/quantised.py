@@ -1,7 +1,7 @@
-"""The target's own weights, as 8-bit integers, guess for the target in full precision.
+"""The target's own weights, in fewer bits, guess for the target in full precision.
 
-After Tiwari et al. 2025, "QuantSpec" (self-speculation by a quantised copy): a copy that reads a quarter of the bytes
-is right nearly always, so drafts can be long, and every answer is still the full model's.
+After Tiwari et al. 2025, "QuantSpec" (self-speculation by a quantised copy): a copy that reads a quarter of the bytes,
+or less, is right nearly always, so drafts can be long, and every answer is still the full model's.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from decoding.engine.precision import round_to_int8
+from decoding.engine.precision import WEIGHTS, round_weights
 from decoding.engine.runner import Runner
-from decoding.errors import ModelError
+from decoding.errors import InvalidRequest, ModelError
 from drafters.draft_model import DraftModel, Follower
 
 if TYPE_CHECKING:
@@ -23,28 +23,36 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Quantised(DraftModel):
-    """Needs the compiled step (a CPU and a C++ compiler): only there are 8-bit weights faster."""
+    """weights: "int8" or "int4", fewer bits than the target's.
+
+    Needs the compiled step (a CPU and a C++ compiler): only there are such weights faster.
+    """
 
     model: str | PreTrainedModel = field(default="", init=False)
+    weights: str = "int8"
 
     name: ClassVar[str] = "quantised"
-    summary: ClassVar[str] = "the target's own weights in 8 bits; for a target in full precision"
+    summary: ClassVar[str] = "the target's own weights in 8 or 4 bits"
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS[1:]:
+            raise InvalidRequest(f"weights must be {' or '.join(WEIGHTS[1:])}, not {self.weights!r}.")
 
     def attach(self, backend: LocalBackend) -> None:
-        """Raises ModelError where 8-bit weights would not be faster than the target's."""
+        """Raises ModelError where such weights would not be faster than the target's."""
         target = backend.engine.runner
         if target.fused is None:
             raise ModelError(
                 "the drafter quantised needs the compiled step, which this device or model does not have; use "
                 "another drafter, such as layer-skip or mixed."
             )
-        if target.fused.weights != "float32":
+        if WEIGHTS.index(target.fused.weights) >= WEIGHTS.index(self.weights):
             raise ModelError(
-                f"{backend.name} runs on {target.fused.weights} weights already, so a quantised copy of it guesses no "
+                f"{backend.name} runs on {target.fused.weights} weights already, so a copy in {self.weights} guesses no "
                 "faster; load it in float32 or use another drafter."
             )
         rounded = copy.deepcopy(backend.model)
-        round_to_int8(rounded)
+        round_weights(rounded, self.weights)
         cache = target.cache
         self._backend = backend
-        self._follower = Follower(Runner(rounded, cache.slots, cache.capacity, weights="int8"))
+        self._follower = Follower(Runner(rounded, cache.slots, cache.capacity, weights=self.weights))

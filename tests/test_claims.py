@@ -23,7 +23,7 @@ QUICK: dict[str, list[str]] = {
     "acceptance_law": ["--limit", "1", "--lengths", "1", "2", "--max-new-tokens", "8"],
     "acceptance_by_drafter": ["--limit", "1", "--drafters", "prompt-lookup", "--max-new-tokens", "4"],
     "block_against_token": ["--limit", "1", "--repeats", "1", "--max-new-tokens", "4", "--draft-length", "2"],
-    "eight_bit_quality": ["--limit", "1", "--max-new-tokens", "4"],
+    "weights_quality": ["--limit", "1", "--max-new-tokens", "4"],
     "jacobi_iterations": ["--limit", "1", "--blocks", "3", "--max-new-tokens", "4"],
     "prefill_share": ["--prompts", "8", "40", "--rounds", "1", "--max-new-tokens", "8"],
     "quantized_steps": ["--tokens", "1", "32", "--prompt", "40", "--rounds", "1"],

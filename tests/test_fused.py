@@ -19,7 +19,7 @@ from decoding.engine import fused
 from decoding.engine.block import Block
 from decoding.engine.latency import LatencyModel, latency_of, measure
 from decoding.engine.packing import Row
-from decoding.engine.precision import int8_rows
+from decoding.engine.precision import GROUP, int4_groups, int8_rows
 from decoding.engine.runner import Runner, embeddings
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -58,9 +58,9 @@ def test_it_computes_what_the_layers_compute(kind: str, monkeypatch: pytest.Monk
     torch.testing.assert_close(ours.forward(rows, layers=2), theirs.forward(rows, layers=2), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
 def test_a_token_has_the_same_bits_in_any_step(weights: str) -> None:
-    runner = Runner(tiny_model("llama"), slots=8, capacity=64, weights=weights)
+    runner = Runner(tiny_model("llama", hidden_size=96, intermediate_size=544), slots=8, capacity=64, weights=weights)
     assert runner.fused is not None
     one_by_one = []
     for token in PROMPT + CHAIN:
@@ -99,19 +99,40 @@ def test_sizes_that_fill_no_vector(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(ours.forward(rows), theirs.forward(rows), rtol=1e-4, atol=2e-5)
 
 
-def test_int8_is_the_model_with_rounded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", hidden_size=64, intermediate_size=160)
-    before = model.model.layers[0].mlp.up_proj.weight.clone()
+@pytest.mark.parametrize(("weights", "levels"), [("int8", 254), ("int4", 15)])
+def test_fewer_bits_are_the_model_with_rounded_weights(
+    weights: str, levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=352)  # 11 groups: one array of 8 and a part of one
+    before = model.model.layers[0].mlp.down_proj.weight.clone()
     rows = [Row(0, PROMPT, Block(CHAIN))]
     unrounded = layers_only(monkeypatch, model, slots=2, capacity=64).forward(rows)
-    runner = Runner(model, slots=2, capacity=64, weights="int8")
-    assert runner.fused is not None and runner.fused.weights == "int8"
-    after = model.model.layers[0].mlp.up_proj.weight
+    runner = Runner(model, slots=2, capacity=64, weights=weights)
+    assert runner.fused is not None and runner.fused.weights == weights
+    after = model.model.layers[0].mlp.down_proj.weight
     assert not torch.equal(before, after)
-    assert ((before - after).abs() <= before.abs().amax(dim=1, keepdim=True) / 254 * 1.001).all()
+    assert ((before - after).abs() <= before.abs().amax(dim=1, keepdim=True) / levels * 1.001).all()
     theirs = layers_only(monkeypatch, model, slots=2, capacity=64).forward(rows)
     assert (runner.forward(rows) - theirs).abs().max() < 0.01  # inputs in 16 bits
     assert (runner.forward(rows) - unrounded).abs().max() > 0.1
+
+
+def test_four_bits_hold_what_was_made_of_four_bits() -> None:
+    scale, minimum = torch.rand(6, 3).half(), -torch.rand(6, 3).half()
+    whole = torch.randint(0, 16, (6, 3, GROUP))
+    whole[..., 0], whole[..., 1] = 0, 15
+    weight = (whole * scale.float()[..., None] + minimum.float()[..., None]).flatten(1)
+    found = int4_groups(weight)
+    assert torch.equal(found[0], whole.to(torch.uint8))
+    assert torch.equal(found[1], scale) and torch.equal(found[2], minimum)
+
+
+def test_columns_that_make_no_groups_stay_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=40)
+    rows = [Row(0, PROMPT, Block(CHAIN))]
+    found = Runner(model, slots=2, capacity=64, weights="int4").forward(rows)
+    theirs = layers_only(monkeypatch, model, slots=2, capacity=64).forward(rows)
+    assert (found - theirs).abs().max() < 0.01
 
 
 def test_rounding_twice_changes_nothing() -> None:
@@ -207,7 +228,9 @@ def test_calibration_shows_costs_beside_their_floors(tmp_path: Any, monkeypatch:
 
 
 def test_prompts_are_read_in_steps_no_wider_than_pays() -> None:
-    dear = LatencyModel("device", ((1, 1.0), (32, 1.0), (64, 2.0)), 0.0, 0.0)  # from 32 tokens on a token costs the same
+    dear = LatencyModel(
+        "device", ((1, 1.0), (32, 1.0), (64, 2.0)), 0.0, 0.0
+    )  # from 32 tokens on a token costs the same
     cheap = LatencyModel("device", ((1, 1.0), (32, 1.0), (64, 1.0)), 0.0, 0.0)  # a token more costs nothing
     assert dear.step_tokens() == 64
     assert cheap.step_tokens() == 512

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from decoding.engine.block import Block
 from decoding.engine.cache import KVCache
 from decoding.engine.packing import Row
-from decoding.engine.precision import round_to_int8
+from decoding.engine.precision import round_weights
 from decoding.engine.runner import Runner, _context_length, _vocabulary, embeddings
 from decoding.errors import ModelError
 
@@ -42,8 +42,8 @@ class EncoderDecoderRunner(Runner):
         self.captured = torch.empty(0)
         self.features = None
         self.fused = None
-        if weights == "int8":
-            round_to_int8(model)
+        if weights != "float32":
+            round_weights(model, weights)
         start = getattr(self.config, "decoder_start_token_id", None)
         if not isinstance(start, int):
             raise ModelError(

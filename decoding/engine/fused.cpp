@@ -103,11 +103,14 @@ static inline vec exponential(vec x) {
 
 extern "C" {
 
-// A weight matrix [rows, columns], row after row. `scale` is null for float weights; for int8 ones it holds a factor
-// for every row. `bias` may be null.
+// A weight matrix [rows, columns], row after row: floats; or int8 with a float of `scale` for every row; or, where there
+// is a `minimum`, four bits. Those come in groups of 32 columns: a byte holds column i of its group in its low half and
+// column i + 16 in its high one, and stands for a multiple of the group's `scale` above its `minimum`, which are half
+// precision numbers [rows, groups rounded up to 8]. `bias` may be null.
 struct Matrix {
     const void* weight;
-    const float* scale;
+    const void* scale;
+    const uint16_t* minimum;
     const float* bias;
     int64_t rows, columns;
 };
@@ -143,11 +146,17 @@ struct Step {
 
 }  // extern "C"
 
-// Tokens in the form in which a kind of matrix wants them: floats, or 16-bit integers with a factor for every token.
+constexpr int64_t GROUP = 32;
+
+// Numbers of one row in an array over groups.
+static inline int64_t grouped(int64_t columns) { return (columns / GROUP + 7) / 8 * 8; }
+
+// Tokens in the form in which a kind of matrix wants them: floats, or 16-bit integers with a factor for every token and
+// their sum in every group of columns.
 struct Input {
     const float* real;
     const int16_t* whole;
-    const float* factor;
+    const float *factor, *sums;
     int64_t width;  // columns, and distance of one token to the next
 };
 
@@ -252,11 +261,89 @@ static inline void tile8(const Matrix& m, int64_t row, const Input& x, int64_t t
             for (int t = 0; t < TOKENS; t++) out[t][r] += float(int32_t(w[r * columns + k]) * v[t * x.width + k]);
 }
 
-// What is done to the sums of a row or of several: its scale, its token's factor, its bias.
+static inline float real(uint16_t half) {
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const float magnitude = exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(float(fraction), -24);
+    return half & 0x8000 ? -magnitude : magnitude;
+}
+
+// The same for weights of four bits. The sum over a group is exact, too; and what the minimum adds to it is the group's
+// sum of inputs, which is known.
+template <int ROWS, int TOKENS>
+static inline void tile4(const Matrix& m, int64_t row, const Input& x, int64_t token, Ahead ahead,
+                         float out[TOKENS][ROWS]) {
+    const int64_t bytes = m.columns / 2, groups = m.columns / GROUP, padded = grouped(m.columns);
+    const uint8_t* w = static_cast<const uint8_t*>(m.weight) + row * bytes;
+    const uint16_t* scale = static_cast<const uint16_t*>(m.scale) + row * padded;
+    const uint16_t* minimum = m.minimum + row * padded;
+    const int16_t* v = x.whole + token * x.width;
+    const float* sums = x.sums + token * padded;
+    vec total[ROWS][TOKENS] = {};
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+    __m256 acc[ROWS][TOKENS];
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < TOKENS; t++) acc[r][t] = _mm256_setzero_ps();
+    const __m256i low = _mm256_set1_epi16(15);
+    for (int64_t g = 0; g < groups; g += 8) {
+        alignas(32) float scales[ROWS][8];
+        for (int r = 0; r < ROWS; r++) {
+            const __m128i *s = reinterpret_cast<const __m128i*>(scale + r * padded + g),
+                          *least = reinterpret_cast<const __m128i*>(minimum + r * padded + g);
+            _mm256_store_ps(scales[r], _mm256_cvtph_ps(_mm_loadu_si128(s)));
+            const __m256 base = _mm256_cvtph_ps(_mm_loadu_si128(least));
+            for (int t = 0; t < TOKENS; t++)
+                acc[r][t] = _mm256_fmadd_ps(base, _mm256_loadu_ps(sums + t * padded + g), acc[r][t]);
+        }
+        const int64_t count = std::min<int64_t>(8, groups - g);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t k = (g + i) * GROUP;
+            __m256i first[TOKENS], second[TOKENS];
+            ahead.ask();
+            for (int t = 0; t < TOKENS; t++) {
+                const __m256i* at = reinterpret_cast<const __m256i*>(v + t * x.width + k);
+                first[t] = once(_mm256_loadu_si256(at));
+                second[t] = once(_mm256_loadu_si256(at + 1));
+            }
+            for (int r = 0; r < ROWS; r++) {
+                const __m256i both = _mm256_cvtepu8_epi16(
+                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * bytes + k / 2)));
+                const __m256i a = _mm256_and_si256(both, low), b = _mm256_srli_epi16(both, 4);
+                const __m256 s = _mm256_broadcast_ss(&scales[r][i]);
+                for (int t = 0; t < TOKENS; t++) {
+                    const __m256i sum =
+                        _mm256_add_epi32(_mm256_madd_epi16(a, first[t]), _mm256_madd_epi16(b, second[t]));
+                    acc[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), s, acc[r][t]);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < TOKENS; t++) std::memcpy(&total[r][t], &acc[r][t], sizeof acc[r][t]);
+#else
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < TOKENS; t++)
+            for (int64_t g = 0; g < groups; g++) {
+                int32_t s = 0;
+                for (int64_t i = 0; i < GROUP / 2; i++) {
+                    const uint8_t both = w[r * bytes + g * GROUP / 2 + i];
+                    const int16_t* at = v + t * x.width + g * GROUP + i;
+                    s += (both & 15) * at[0] + (both >> 4) * at[GROUP / 2];
+                }
+                const float base = std::fma(real(minimum[r * padded + g]), sums[t * padded + g], total[r][t][0]);
+                total[r][t][0] = std::fma(real(scale[r * padded + g]), float(s), base);
+            }
+#endif
+    add_up<ROWS, TOKENS>(total, out);
+}
+
+// What is done to the sums of a row or of several: their scale, their token's factor, their bias.
 template <typename T, typename Sink>
 static inline void pass_on(const Matrix& m, int64_t row, const Input& x, int64_t token, const float* sums, Sink& sink) {
     T y = get<T>(sums);
-    if (m.scale) y *= get<T>(m.scale + row) * x.factor[token];
+    if (m.minimum)
+        y *= x.factor[token];
+    else if (m.scale)
+        y *= get<T>(static_cast<const float*>(m.scale) + row) * x.factor[token];
     if (m.bias) y += get<T>(m.bias + row);
     sink(token, row, y);
 }
@@ -264,7 +351,9 @@ static inline void pass_on(const Matrix& m, int64_t row, const Input& x, int64_t
 template <int ROWS, int TOKENS, typename Sink>
 static inline void produce(const Matrix& m, int64_t row, const Input& x, int64_t token, Ahead ahead, Sink& sink) {
     float out[TOKENS][ROWS];
-    if (m.scale)
+    if (m.minimum)
+        tile4<ROWS, TOKENS>(m, row, x, token, ahead, out);
+    else if (m.scale)
         tile8<ROWS, TOKENS>(m, row, x, token, ahead, out);
     else
         tile<ROWS, TOKENS>(m, row, x, token, ahead, out);
@@ -277,9 +366,11 @@ static inline void produce(const Matrix& m, int64_t row, const Input& x, int64_t
 
 template <int ROWS, int TOKENS, typename Sink>
 static void produce_rows(const Matrix& m, int64_t row, const Input& x, int64_t token, int64_t end, Sink& sink) {
-    const int64_t groups = (end - token + TOKENS - 1) / TOKENS, size = m.scale ? 1 : sizeof(float);
-    const int64_t block = ROWS * m.columns * size, steps = m.columns / (m.scale ? 16 : LANES);
-    const char* next = static_cast<const char*>(m.weight) + std::min(row + std::max<int64_t>(AHEAD, ROWS), m.rows - ROWS) * m.columns * size;
+    const int64_t groups = (end - token + TOKENS - 1) / TOKENS;
+    const int64_t line = m.minimum ? m.columns / 2 : m.scale ? m.columns : m.columns * int64_t(sizeof(float));
+    const int64_t block = ROWS * line, steps = m.columns / (m.minimum ? GROUP : m.scale ? 16 : LANES);
+    const int64_t later = std::min(row + std::max<int64_t>(AHEAD, ROWS), m.rows - ROWS);
+    const char* next = static_cast<const char*>(m.weight) + later * line;
     for (int64_t g = 0; token < end; g++, token += TOKENS) {
         const Ahead ahead = {next + g * (block / groups), block / groups / std::max<int64_t>(steps, 1)};
         if (end - token >= TOKENS)
@@ -329,8 +420,9 @@ static float dot(const float* a, const float* b, int64_t size) {
     return s;
 }
 
-// 16-bit integers and their common factor; exact enough not to show beside 8-bit weights.
-static void quantise(const float* x, int16_t* out, float* factor, int64_t size) {
+// 16-bit integers and their common factor, exact enough not to show beside 8-bit weights; and, if they are wanted, their
+// sums in groups.
+static void quantise(const float* x, int16_t* out, float* factor, float* sums, int64_t size) {
     const ivec magnitude = reinterpret_cast<ivec>(vec{}) + 0x7FFFFFFF;
     ivec largest_bits = {};  // of floats without their sign, which are ordered like integers
     int64_t i = 0;
@@ -359,6 +451,11 @@ static void quantise(const float* x, int16_t* out, float* factor, int64_t size) 
         std::memcpy(out + i, &narrow, sizeof narrow);
     }
     for (; i < size; i++) out[i] = int16_t(std::lrintf(x[i] * inverse));
+    for (int64_t g = 0; sums && g < grouped(size); g++) {
+        int32_t total = 0;
+        for (int64_t j = g * GROUP; j < (g + 1) * GROUP && g < size / GROUP; j++) total += out[j];
+        sums[g] = float(total);
+    }
 }
 
 namespace {
@@ -379,6 +476,7 @@ class Run {
         const int64_t widest = std::max(std::max(s.hidden, s.intermediate), queries_width);
         whole.resize(n * widest);
         factor.resize(n);
+        sums.resize(n * (widest / GROUP + 8));
     }
 
     void start(int count) {
@@ -390,7 +488,7 @@ class Run {
         int phase = 0;
         for (int64_t l = 0; l < step.layers; l++) {
             const Layer& layer = layers[l];
-            norm_all(layer.input_norm, layer.query.scale, thread);
+            norm_all(layer.input_norm, layer.query, thread);
             barrier();
             const Input x = input(normed.data(), s.hidden);
             project(layer, x, phase++, thread);
@@ -402,7 +500,7 @@ class Run {
             const Input a = prepared(layer.output, attended.data(), queries_width, thread);
             add(layer.output, a, phase++, thread);
             barrier();
-            norm_all(layer.attention_norm, layer.gate.scale, thread);
+            norm_all(layer.attention_norm, layer.gate, thread);
             barrier();
             gate(layer, x, phase++, thread);
             barrier();
@@ -417,7 +515,7 @@ class Run {
         }
         for (int64_t i = thread; i < step.kept; i += threads) {
             rms_norm(step.hidden + step.keep[i] * s.hidden, s.norm, &last[i * s.hidden], s.hidden, s.epsilon);
-            if (s.head.scale) quantise(&last[i * s.hidden], &whole[i * s.hidden], &factor[i], s.hidden);
+            integers(s.head, &last[i * s.hidden], i, s.hidden);
         }
         barrier();
         const Input x = input(last.data(), s.hidden);
@@ -433,7 +531,7 @@ class Run {
     const Step& step;
     int threads = 1;
     int64_t queries_width, keys_width;
-    std::vector<float> normed, queries, keys, values, attended, gated, last, factor;
+    std::vector<float> normed, queries, keys, values, attended, gated, last, factor, sums;
     std::vector<int16_t> whole;
     std::vector<std::atomic<int64_t>> next;  // the next part of every thread's range, for each phase
 
@@ -458,20 +556,27 @@ class Run {
         }
     }
 
-    Input input(const float* real, int64_t width) const { return {real, whole.data(), factor.data(), width}; }
+    Input input(const float* real, int64_t width) const {
+        return {real, whole.data(), factor.data(), sums.data(), width};
+    }
 
-    void norm_all(const float* weight, const float* quantised, int thread) {
+    // What `m` wants of the input of token t.
+    void integers(const Matrix& m, const float* real, int64_t t, int64_t width) {
+        if (m.scale)
+            quantise(real, &whole[t * width], &factor[t], m.minimum ? &sums[t * grouped(width)] : nullptr, width);
+    }
+
+    void norm_all(const float* weight, const Matrix& reader, int thread) {
         for (int64_t t = thread; t < step.tokens; t += threads) {
             rms_norm(step.hidden + t * s.hidden, weight, &normed[t * s.hidden], s.hidden, s.epsilon);
-            if (quantised) quantise(&normed[t * s.hidden], &whole[t * s.hidden], &factor[t], s.hidden);
+            integers(reader, &normed[t * s.hidden], t, s.hidden);
         }
     }
 
     // The input of a product whose values have just been computed in parts by all threads.
     Input prepared(const Matrix& m, const float* real, int64_t width, int thread) {
         if (m.scale) {
-            for (int64_t t = thread; t < step.tokens; t += threads)
-                quantise(real + t * width, &whole[t * width], &factor[t], width);
+            for (int64_t t = thread; t < step.tokens; t += threads) integers(m, real + t * width, t, width);
             barrier();
         }
         return input(real, width);

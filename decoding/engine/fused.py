@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from decoding.engine.cache import KVCache
 from decoding.engine.packing import Places
-from decoding.engine.precision import int8_rows
+from decoding.engine.precision import GROUP, int4_groups, int8_rows, kept_as
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
+        ("minimum", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
@@ -90,7 +92,8 @@ class Step(ctypes.Structure):
 class FusedModel:
     """The compiled step of one model over one cache.
 
-    weights: "float32", or "int8" for 8-bit integers with a factor for every row, as they are then read by the step;
+    weights: "float32"; or "int8" for 8-bit integers with a factor for every row; or "int4" for four bits with a scale
+    and a minimum for every group, and a head in 8. So the step reads them;
     the inputs of a product become 16-bit integers with a factor for every token, so that a token's result does not
     depend on its neighbours, and their products are summed exactly.
     """
@@ -125,7 +128,7 @@ class FusedModel:
             cosine=self._pointer(cosine[0, :, : size // 2]),
             sine=self._pointer(sine[0, :, : size // 2]),
             norm=self._pointer(inner.norm.weight),
-            head=self._matrix(head),
+            head=self._matrix(head, head=True),
         )
         self._layers = (Layer * len(inner.layers))()
         for i, layer in enumerate(inner.layers):
@@ -152,15 +155,21 @@ class FusedModel:
         self._owned.append(tensor)
         return tensor.data_ptr()
 
-    def _matrix(self, layer: Any) -> Matrix:
+    def _matrix(self, layer: Any, *, head: bool = False) -> Matrix:
         weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
-        scale = None
-        if self.weights == "int8":
+        scale = minimum = None
+        rows, columns = weight.shape
+        kind = kept_as(self.weights, columns, head=head)
+        if kind == "int8":
             weight, factor = int8_rows(weight)
             scale = self._pointer(factor)
-        rows, columns = weight.shape
+        elif kind == "int4":
+            whole, factor, least = int4_groups(weight)
+            weight = (whole[..., : GROUP // 2] | whole[..., GROUP // 2 :] << 4).flatten(1)
+            padding = (0, -factor.shape[1] % 8)
+            scale, minimum = self._pointer(F.pad(factor, padding)), self._pointer(F.pad(least, padding))
         pointer = self._pointer(weight)
-        return Matrix(pointer, scale, None if bias is None else self._pointer(bias), rows, columns)
+        return Matrix(pointer, scale, minimum, None if bias is None else self._pointer(bias), rows, columns)
 
     def forward(
         self, tokens: np.ndarray, places: Places, keep: np.ndarray, layers: int, capture: Sequence[int]

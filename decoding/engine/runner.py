@@ -20,7 +20,7 @@ from decoding.engine.cache import KVCache
 from decoding.engine.fused import fuse
 from decoding.engine.kernels import FastLinears
 from decoding.engine.packing import Row, flatten, pack
-from decoding.engine.precision import round_to_int8
+from decoding.engine.precision import round_weights
 from decoding.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ class Runner:
     """Runs any Hugging Face decoder model that honours the attention interface.
 
     model: the transformers model, left as it is; slots: sequences held at once; capacity: tokens per
-    sequence, by default the model's context up to 2,048. weights: "float32", or "int8" to round those of linear layers
-    to 8-bit integers (the model's own too, which so stays what a step can be compared with).
+    sequence, by default the model's context up to 2,048. weights: "float32", or "int8" or "int4" to round those of
+    linear layers to 8 or 4 bits (the model's own too, which so stays what a step can be compared with).
 
     On construction the model is tried on a few tokens, packed and unpacked. One that keeps state
     outside its attention layers (and so cannot roll back), or gives other logits when packed, is
@@ -64,8 +64,8 @@ class Runner:
         if affordable < slots:
             logger.warning("memory allows %d slots of %d tokens instead of %d.", affordable, capacity, slots)
         self.cache = KVCache(layers, min(slots, affordable), capacity)
-        if weights == "int8":
-            round_to_int8(model)
+        if weights != "float32":
+            round_weights(model, weights)
         self.fused = fuse(model, self.cache, weights)
         if self.fused is None and weights != "float32":
             logger.warning(
