@@ -48,8 +48,8 @@ class Quantised(DraftModel):
             )
         if WEIGHTS.index(target.fused.weights) >= WEIGHTS.index(self.weights):
             raise ModelError(
-                f"{backend.name} runs on {target.fused.weights} weights already, so a copy in {self.weights} guesses no "
-                "faster; load it in float32 or use another drafter."
+                f"{backend.name} runs on {target.fused.weights} weights already, so a copy in {self.weights} guesses "
+                "no faster; load it in float32 or use another drafter."
             )
         rounded = copy.deepcopy(backend.model)
         round_weights(rounded, self.weights)

@@ -47,8 +47,8 @@ def perplexity(predicted: torch.Tensor, tokens: List[int], first: int, last: int
 class Kept:
     """What a precision keeps of float32's behaviour.
 
-    questions, answers: perplexity relative to float32's, on the questions and on float32's answers. agreement: how often
-    the greedy choice is the same on those. identical: answers of its own that are float32's word for word. parted:
+    questions, answers: perplexity relative to float32's, on the questions and on float32's answers. agreement: how
+    often the greedy choice is the same on those. identical: answers of its own that are float32's word for word. parted:
     median of the tokens before they part.
     """
 
