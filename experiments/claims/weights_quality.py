@@ -48,8 +48,8 @@ class Kept:
     """What a precision keeps of float32's behaviour.
 
     questions, answers: perplexity relative to float32's, on the questions and on float32's answers. agreement: how
-    often the greedy choice is the same on those. identical: answers of its own that are float32's word for word. parted:
-    median of the tokens before they part.
+    often the greedy choice is the same on those. identical: answers of its own that are float32's word for word.
+    parted: median of the tokens before they part.
     """
 
     questions: Interval
