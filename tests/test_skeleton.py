@@ -215,6 +215,7 @@ def test_a_point_whose_prompt_does_not_fit_fails_alone(lm: decoding.LocalBackend
     chat = prompts.render("skeleton/outline", question=QUESTION, max_points=6)
     capacity = len(lm.encode(chat.messages, chat.prefill)) + 480
     small = decoding.LocalBackend(lm.model, lm.tokenizer, name="tiny", eos=[EOS], capacity=capacity)
+    small.latency = lm.latency
     long = " Repair pipes\n2. " + "x" * 150 + "\n3. Price by use\n"  # a prompt holds the title three times
     out = answer(small, outline=Dictated((("", long),)), outline_tokens=400, prompt="skeleton")
     assert out.error is not None and out.error.startswith("point 2: ContextOverflow")
