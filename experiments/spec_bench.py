@@ -93,14 +93,14 @@ def main() -> None:
         if batch == 1 and options.transformers is not None:
             run = beside_transformers(run, questions, lm, options.transformers or MODES)
         console.print(table(run, f"{batch} {'stream' if batch == 1 else 'streams'}, {lm.name}"))
-        figures[str(batch)] = {name: {key: asdict(row) for key, row in rows(run, name).items()} for name in own}
+        figures[str(batch)] = {name: {key: as_json(row) for key, row in rows(run, name).items()} for name in own}
         for name in own[1:]:
             print(f"{name}: {equality(run, name)}", flush=True)
         if theirs := fastest([name for name in run.strategies if name not in own], run):
             for name in own:
-                row = rows(run, name, theirs)["overall"].speedup
-                figures["1"][name][f"over {theirs}"] = asdict(row)
-                print(f"{name}: {_times(row)} as fast as {theirs}, over all questions", flush=True)
+                row = rows(run, name, theirs)["overall"]
+                figures["1"][name][f"over {theirs}"] = as_json(row)
+                print(f"{name}: {_times(row.speedup)} as fast as {theirs}, over all questions", flush=True)
     result = {
         "command": shlex.join(["python", "-m", "experiments.spec_bench", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -110,7 +110,8 @@ def main() -> None:
         "batches": figures,
     }
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=1, ensure_ascii=False, default=str)
+    options.results.write_text(text + "\n", encoding="utf-8")
     print(f"figures: {options.results}")
 
 
@@ -196,6 +197,17 @@ class Row:
     speedup: Interval
     length: float
     tokens_per_second: float
+
+
+def as_json(row: Row) -> dict[str, object]:
+    """A row's figures; no interval where there are too few questions for one."""
+    low, high = row.speedup.low, row.speedup.high
+    return {
+        "speedup": row.speedup.estimate,
+        "interval": None if np.isnan(low) else [low, high],
+        "acceptance_length": row.length,
+        "tokens_per_second": row.tokens_per_second,
+    }
 
 
 def rows(run: Run, name: str, base: str = BASELINE) -> dict[str, Row]:
