@@ -1,11 +1,12 @@
-"""The target's own first layers guess: no second model, no second cache.
+"""The target guesses for itself in cheaper passes over its own cache: no second model, no second cache.
 
-Zhang et al. 2023, "Draft & Verify"; Elhoushi et al. 2024, "LayerSkip". What the first layers write to the cache
-behind the committed tokens is scratch; verification writes the same there, and the rest of the layers.
+Zhang et al. 2023, "Draft & Verify"; Elhoushi et al. 2024, "LayerSkip". What such passes write to the cache behind the
+committed tokens is scratch, and verification writes over it.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -23,8 +24,38 @@ if TYPE_CHECKING:
     from decoding.engine.sequence import Sequence
 
 
+class SelfSpeculation(Drafter):
+    """Chains of guesses by passes of the target that `_cheaper` runs."""
+
+    _backend: LocalBackend
+
+    @abstractmethod
+    def _cheaper(self, rows: List[Row]) -> torch.Tensor:
+        """Logits [rows, vocab] of a step in which every row has pending tokens only."""
+
+    def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
+        cache = self._backend.engine.cache
+        committed = [int(cache.lengths[sequence.slot]) for sequence in sequences]
+
+        def ahead(active: list[int], guesses: list[list[int]]) -> torch.Tensor:
+            rows = []
+            for i, guess in zip(active, guesses, strict=True):
+                text = sequences[i].tokens + guess
+                rows.append(Row(sequences[i].slot, text[cache.lengths[sequences[i].slot] :], Block()))
+            logits = self._cheaper(rows)
+            for row in rows:
+                cache.commit(row.slot, row.pending)  # for as long as this draft is made
+            return logits
+
+        try:
+            return guess_ahead(sequences, lengths, ahead)
+        finally:
+            for sequence, length in zip(sequences, committed, strict=True):
+                cache.truncate(sequence.slot, length)
+
+
 @dataclass(eq=False)
-class LayerSkip(Drafter):
+class LayerSkip(SelfSpeculation):
     """layers: how many of the target's first layers guess, followed by its final norm and head; None takes half.
 
     Models that were trained to leave early guess well; others need most of their layers, and then this does not pay.
@@ -58,26 +89,8 @@ class LayerSkip(Drafter):
         body = max(0, backend.parameters - head)
         self._share = (head + body * self._layers / count) / (head + body)  # of the parameters that a step reads
 
-    def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
-        runner = self._backend.engine.runner
-        cache = runner.cache
-        committed = [int(cache.lengths[sequence.slot]) for sequence in sequences]
-
-        def ahead(active: list[int], guesses: list[list[int]]) -> torch.Tensor:
-            rows = []
-            for i, guess in zip(active, guesses, strict=True):
-                text = sequences[i].tokens + guess
-                rows.append(Row(sequences[i].slot, text[cache.lengths[sequences[i].slot] :], Block()))
-            logits = runner.forward(rows, layers=self._layers)
-            for row in rows:
-                cache.commit(row.slot, row.pending)  # for as long as this draft is made
-            return logits
-
-        try:
-            return guess_ahead(sequences, lengths, ahead)
-        finally:
-            for sequence, length in zip(sequences, committed, strict=True):
-                cache.truncate(sequence.slot, length)
+    def _cheaper(self, rows: List[Row]) -> torch.Tensor:
+        return self._backend.engine.runner.forward(rows, layers=self._layers)
 
     def cost(self, levels: int, sequences: int, context: float) -> float:
         return levels * self._share * float(self._backend.latency.cost(sequences, sequences, context))

@@ -301,7 +301,7 @@ def noisy(model: Any) -> Any:
     other = tiny_model(model.config.model_type)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.005)
     return other
 
 
@@ -437,3 +437,16 @@ def small_draft_model(seed: int) -> DraftModel:
 
 def test_sampled_drafts_keep_the_distribution_whatever_the_widths() -> None:
     assert chi_square(*outcomes(small_draft_model(3), Adaptive, 1500)) > 1e-4
+
+
+def test_a_level_that_was_never_reached_is_taken_for_like_the_one_above() -> None:
+    calibration = Calibration()
+    before = calibration.levels(0, 6)
+    for _ in range(12):
+        calibration.watch(0, Draft(Block([1, 2])))
+        calibration.learn(0, [1, 2, 9])
+    assert calibration.levels(0, 6)[5] > 0.6 > before[5]  # two levels that hold promise well for the third
+    for _ in range(24):
+        calibration.watch(0, Draft(Block([1, 2])))
+        calibration.learn(0, [3, 9])
+    assert calibration.levels(0, 6)[1] < 0.3

@@ -113,9 +113,11 @@ class Calibration:
 
     def levels(self, sequence: int, count: int) -> list[float]:
         """[count] the chance that a draft's first, first two, … levels hold the text, before there is a draft."""
-        survival, product = [], 1.0
+        survival, product, chance = [], 1.0, _UNKNOWN
         for level in range(1, count + 1):
-            product *= self._levels.chance(sequence, min(level, _LEVELS), _UNKNOWN)
+            # A level that was never reached is thought to be like the one above it, or it would never be tried.
+            chance = self._levels.chance(sequence, min(level, _LEVELS), chance)
+            product *= chance
             survival.append(product)
         return survival
 

@@ -100,16 +100,17 @@ class LatencyModel:
         return float(np.median(gaps)) if gaps else float("nan")
 
 
-def latency_of(runner: Runner, *, again: bool = False) -> LatencyModel:
+def latency_of(runner: Runner, weights: str | None = None, *, again: bool = False) -> LatencyModel:
     """The latency model of a runner: from the user's cache, or measured now, which takes some seconds.
 
-    again: measure even if there is one. Needs a free slot; with fewer of them, fewer sequences are tried at once.
+    weights: of steps with these (see `Runner.hold`). again: measure even if there is one. Needs a free slot; with fewer
+    of them, fewer sequences are tried at once.
     """
-    path = _path(runner)
+    path = _path(runner, weights)
     if not again and (known := _read(path)) is not None:
         return known
     logger.info("measuring what steps of this model cost here; this happens once.")
-    model = measure(runner)
+    model = measure(runner, weights)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
@@ -126,7 +127,7 @@ def step_tokens(runner: Runner) -> int:
     return _CHUNKS[1] if known is None else known.step_tokens()
 
 
-def measure(runner: Runner) -> LatencyModel:
+def measure(runner: Runner, weights: str | None = None) -> LatencyModel:
     """Time steps of many kinds in turn, and fit the model to the fastest of each."""
     cache = runner.cache
     slots = [cache.acquire([0])[0] for _ in range(min(cache.free, 32))]
@@ -148,7 +149,7 @@ def measure(runner: Runner) -> LatencyModel:
         times: dict[tuple[int, int, int], list[float]] = {kind: [] for kind in [*fitted, *held_out]}
         for _ in range(_ROUNDS):
             for kind, seconds in times.items():
-                seconds.append(_time(runner, slots, *kind))
+                seconds.append(_time(runner, weights, slots, *kind))
         least = {kind: min(seconds) for kind, seconds in times.items()}
     finally:
         for slot in slots:
@@ -162,14 +163,16 @@ def _several(slots: Sequence[int]) -> list[Sequence[int]]:
     return [slots[:count] for count in (4, 8, 16) if count <= len(slots)]
 
 
-def _time(runner: Runner, slots: Sequence[int], tokens: int, sequences: int, context: int) -> float:
+def _time(
+    runner: Runner, weights: str | None, slots: Sequence[int], tokens: int, sequences: int, context: int
+) -> float:
     """Seconds of one step; what it writes lies behind what counts, and is discarded."""
     rows = []
     for slot in slots[:sequences]:
         runner.cache.lengths[slot] = context
         rows.append(Row(slot, [1], Block([1] * (tokens // sequences - 1))))
     began = time.perf_counter()
-    logits = runner.forward(rows)
+    logits = runner.forward(rows, weights=weights)
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
     return time.perf_counter() - began
@@ -211,13 +214,13 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def _path(runner: Runner) -> Path:
+def _path(runner: Runner, weights: str | None = None) -> Path:
     from decoding.gguf_cache import cache_root
 
     shape = {name: value for name, value in runner.config.to_dict().items() if isinstance(value, (int, str, bool))}
     what = (
         sorted(shape.items()),
-        runner.kernels,
+        runner.kernels if weights is None else f"fused {weights}",
         "" if runner.fused is None else runner.fused.build,
         str(runner.model.dtype),
         device_name(runner.device),

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from decoding.engine.attention import ShapeProbe, attending
 from decoding.engine.block import Block
 from decoding.engine.cache import KVCache
-from decoding.engine.fused import fuse
+from decoding.engine.fused import FusedModel, fuse
 from decoding.engine.kernels import FastLinears
 from decoding.engine.packing import Row, flatten, pack
-from decoding.engine.precision import round_weights
+from decoding.engine.precision import WEIGHTS, round_weights
 from decoding.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class Runner:
         if weights != "float32":
             round_weights(model, weights)
         self.fused = fuse(model, self.cache, weights)
+        self._held: dict[str, FusedModel] = {}
         if self.fused is None and weights != "float32":
             logger.warning(
                 "weights are rounded to %s, but read no faster: there is no compiled step for this model.", weights
@@ -79,8 +80,23 @@ class Runner:
         """What computes the steps."""
         return "layers" if self.fused is None else f"fused {self.fused.weights}"
 
+    def hold(self, weights: str) -> None:
+        """Have the model's weights in fewer bits as well, for `forward(weights=…)` on the same cache.
+
+        Raises ModelError without a compiled step, and where that has so few bits already.
+        """
+        if self.fused is None:
+            raise ModelError(
+                f"steps with {weights} weights need the compiled step, which this device or model does not have."
+            )
+        if WEIGHTS.index(self.fused.weights) >= WEIGHTS.index(weights):
+            raise ModelError(f"the model runs on {self.fused.weights} weights already; {weights} would be no faster.")
+        held = self._held.get(weights) or fuse(self.model, self.cache, weights)
+        assert held is not None
+        self._held[weights] = held
+
     @torch.inference_mode()
-    def forward(self, rows: Sequence[Row], *, layers: int | None = None) -> torch.Tensor:
+    def forward(self, rows: Sequence[Row], *, layers: int | None = None, weights: str | None = None) -> torch.Tensor:
         """Run one step. Returns logits [positions, vocab]: for every row that asked for them, at its last
         pending token and then at each guess, row after row.
 
@@ -88,16 +104,17 @@ class Runner:
         `cache.commit`, so a step that failed or was thrown away can be run again.
 
         layers: run only so many of the first decoder layers, then the final norm and the head. What that
-        writes to the cache of these layers is what a whole pass would write.
+        writes to the cache of these layers is what a whole pass would write. weights: run with these, see `hold`.
 
         While `capture` names layers (0 for the first), a whole pass leaves in `captured` [tokens, len(capture),
         hidden] what these put out, for all tokens of all rows in the order of `rows`.
         """
-        whole = layers is None
-        if self.fused is not None:
+        whole = layers is None and weights is None
+        fused = self.fused if weights is None else self._held[weights]
+        if fused is not None:
             tokens, places, keep = flatten(rows, self.cache)
             depth = len(self._stack.layers) if layers is None else layers
-            logits, captured = self.fused.forward(tokens, places, keep, depth, self.capture if whole else ())
+            logits, captured = fused.forward(tokens, places, keep, depth, self.capture if whole else ())
             written = places.entries(self.cache.capacity) if self.capture else None
         else:
             assert self._linears is not None
