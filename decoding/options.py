@@ -25,7 +25,7 @@ DEFAULT_STRATEGIES = ("autoregressive", "speculative", "jacobi", "skeleton")
 def option(default: T, meaning: str, *, metavar: str | tuple[str, ...] | None = None, group: str = "") -> T:
     """A field of a dataclass with its meaning, as a command line's help says it. group: where the help lists it."""
     metadata = {"meaning": meaning, "metavar": metavar, "group": group}
-    return cast(T, field(default=default, metadata=metadata))
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)

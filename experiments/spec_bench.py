@@ -135,7 +135,7 @@ def beside_transformers(run: Run, questions: Sequence[Question], lm: LocalBacken
     made: list[AnswerRecord] = []
     try:
         for peer in peers:
-            peer.start(Path(), lm.model.name_or_path, "")
+            peer.start(Path(), str(lm.model.name_or_path), "")
             peer.ask([], [[1] * 8], 8, record=False)
             if peer.absent:
                 print(f"{peer.name} is absent: {peer.absent}")

@@ -277,8 +277,9 @@ def test_the_joined_layer_computes_what_the_layer_does(kind: str) -> None:
     config = random_head(tiny_model(**SMALL)).config
     sizes = {name: getattr(config.layer, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    biases = {"attention_bias": True, "mlp_bias": True} if "biases" in kind else {}
-    layer = Qwen3Config(**sizes) if kind == "qwen3" else LlamaConfig(**sizes, **biases)
+    if "biases" in kind:
+        sizes |= {"attention_bias": True, "mlp_bias": True}
+    layer = Qwen3Config(**sizes) if kind == "qwen3" else LlamaConfig(**sizes)
     torch.manual_seed(0)
     head = Eagle3Head(replace(config, layer=layer)).requires_grad_(False)
     for parameter in head.parameters():

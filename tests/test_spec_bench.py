@@ -42,8 +42,8 @@ def test_spec_bench_writes_answers_tables_and_equality(
     file = tmp_path / "question.jsonl"
     file.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     figures = tmp_path / "results" / "figures.json"
-    arguments = (str(file), "--drafters", "suffix", "speculative(draft_length=3)", "--batches", "1", "2")
-    arguments += ("--results", str(figures))
+    drafters = ("--drafters", "suffix", "speculative(draft_length=3)")
+    arguments = (str(file), *drafters, "--batches", "1", "2", "--results", str(figures))
     call(monkeypatch, spec_bench, *arguments, "--max-new-tokens", "8", "--output", str(tmp_path / "out"))
     printed = capsys.readouterr().out
     assert "mt_bench" in printed and "3 of 3 answers identical" in printed and "0 of" in printed

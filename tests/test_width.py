@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -259,7 +260,7 @@ def test_a_clock_that_jumps_changes_no_answer() -> None:
         params = SamplingParams(max_new_tokens=32, ignore_eos=True, temperature=temperature, seed=5)
         plain = [s.new_tokens for s in run(backend.engine, [(p, AutoregressiveDecoder()) for p in inputs], params)]
         drafter, ticks = Watched("suffix+token-recycling"), itertools.accumulate(random.exponential(200.0, 10_000))
-        decoder = SpeculativeDecoder(drafter, Width(Table(1.0, 0.1), clock=lambda ticks=ticks: float(next(ticks))))
+        decoder = SpeculativeDecoder(drafter, Width(Table(1.0, 0.1), clock=partial(next, ticks)))
         results = run(backend.engine, [(p, decoder) for p in inputs], params)
         assert [s.new_tokens for s in results] == plain
         steps = sum(step.committed > 0 for s in results for step in s.trace)
@@ -415,7 +416,7 @@ def test_withholding_a_sampled_guess_is_lossless_only_if_decided_before_it_is_dr
 class ByTheText(Width):
     """Lengths that depend on what was drawn in earlier steps, as learnt ones do."""
 
-    def lengths(self, drafter: Drafter, sequences: List[Sequence]) -> list[int]:
+    def lengths(self, drafter: Drafter, sequences: List[Sequence], covered: List[List[float]] = ()) -> list[int]:
         return [max(0, min(s.room, 1 + sum(s.tokens) % 2)) for s in sequences]
 
 

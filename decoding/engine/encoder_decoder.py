@@ -57,9 +57,7 @@ class EncoderDecoderRunner(Runner):
         self._check()
 
     @torch.inference_mode()
-    def forward(
-        self, rows: Sequence[Row], *, layers: int | None = None, weights: str | None = None
-    ) -> torch.Tensor:
+    def forward(self, rows: Sequence[Row], *, layers: int | None = None, weights: str | None = None) -> torch.Tensor:
         """Logits [positions, vocab]: for every row, at the decoder's start token and then at each place of its block.
 
         Raises ModelError for rows with attention of another kind.
