@@ -107,9 +107,10 @@ def test_the_ending_of_a_file_says_what_is_exported(run: Run, summary: Summary, 
     assert (tmp_path / "run.md").read_text() == markdown(summary)
     export(run, tmp_path / "run.csv")
     assert len((tmp_path / "run.csv").read_text().splitlines()) > len(run.records)
-    for name in ("run.xlsx", "run"):
-        with pytest.raises(RecordError, match=r"\.csv, \.parquet, \.md"):
-            export(run, tmp_path / name)
+    export(run, tmp_path / "folder")
+    assert (tmp_path / "folder" / "question.jsonl").exists()
+    with pytest.raises(RecordError, match=r"\.csv, \.parquet, \.md"):
+        export(run, tmp_path / "run.xlsx")
     with pytest.raises(RecordError, match=r"\.md only"):
         export_comparison(compare_runs(run, run), tmp_path / "two.csv")
 

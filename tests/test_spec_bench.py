@@ -51,7 +51,7 @@ def test_spec_bench_writes_answers_tables_and_equality(
         files = sorted((tmp_path / "out" / "answers" / batch).iterdir())
         assert [f.name for f in files] == [
             "0-autoregressive.jsonl",
-            "1-speculative-drafter-suffix.jsonl",
+            "1-speculative.jsonl",
             "2-speculative-draft_length-3.jsonl",
         ]
         for path in files:
