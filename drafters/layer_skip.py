@@ -7,6 +7,7 @@ committed tokens is scratch, and verification writes over it.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -17,7 +18,7 @@ from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block
 from decoding.engine.packing import Row
 from decoding.errors import InvalidRequest
-from drafters.draft_model import guess_ahead
+from drafters.draft_model import guess_ahead, top_probability
 
 if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
@@ -28,6 +29,7 @@ class SelfSpeculation(Drafter):
     """Chains of guesses by passes of the target that `_cheaper` runs."""
 
     _backend: LocalBackend
+    _confident: ClassVar[Callable[[torch.Tensor], torch.Tensor]] = staticmethod(top_probability)
 
     @abstractmethod
     def _cheaper(self, rows: List[Row]) -> torch.Tensor:
@@ -48,7 +50,7 @@ class SelfSpeculation(Drafter):
             return logits
 
         try:
-            return guess_ahead(sequences, lengths, ahead)
+            return guess_ahead(sequences, lengths, ahead, self._confident)
         finally:
             for sequence, length in zip(sequences, committed, strict=True):
                 cache.truncate(sequence.slot, length)

@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
 
 
+_NOISE = 0.1
+"""About how far rounding moves the difference of two logits; what guesses are worth is learnt as they come true."""
+
+
+def clear_lead(logits: torch.Tensor) -> torch.Tensor:
+    """[rows, vocab] to [rows]: how likely the first token stays first if its lead on the second is moved by rounding."""
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)
+    return torch.sigmoid((first - second) / _NOISE)
+
+
 @dataclass(eq=False)
 class Quantised(SelfSpeculation):
     """weights: "int8" or "int4", fewer bits than the target's.
@@ -35,6 +45,7 @@ class Quantised(SelfSpeculation):
     name: ClassVar[str] = "quantised"
     summary: ClassVar[str] = "the target's own weights in 8 or 4 bits; quantised(weights=int4)"
 
+    _confident = staticmethod(clear_lead)
     _backend: LocalBackend = field(init=False, repr=False)
     _latency: LatencyModel | None = field(default=None, init=False, repr=False)
 
