@@ -55,6 +55,8 @@ class Drafter(TextForm, ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
+    trust: ClassVar[float] = 0.6
+    """How likely a guess is thought to come true before any did or did not, if the drafter states a cost."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -28,7 +28,7 @@ _NOISE = 0.1
 
 
 def clear_lead(logits: torch.Tensor) -> torch.Tensor:
-    """[rows, vocab] to [rows]: how likely the first token stays first if its lead on the second is moved by rounding."""
+    """[rows, vocab] to [rows]: how likely the first token stays first when rounding moves its lead on the second."""
     first, second = logits.topk(2, dim=-1).values.unbind(-1)
     return torch.sigmoid((first - second) / _NOISE)
 
@@ -45,6 +45,7 @@ class Quantised(SelfSpeculation):
     name: ClassVar[str] = "quantised"
     summary: ClassVar[str] = "the target's own weights in 8 or 4 bits; quantised(weights=int4)"
 
+    trust: ClassVar[float] = 0.95
     _confident = staticmethod(clear_lead)
     _backend: LocalBackend = field(init=False, repr=False)
     _latency: LatencyModel | None = field(default=None, init=False, repr=False)

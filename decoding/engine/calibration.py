@@ -111,9 +111,10 @@ class Calibration:
         """[guesses] the chance that each guess and all above it are right."""
         return self.judge(sequence, draft)[1]
 
-    def levels(self, sequence: int, count: int) -> list[float]:
-        """[count] the chance that a draft's first, first two, … levels hold the text, before there is a draft."""
-        survival, product, chance = [], 1.0, _UNKNOWN
+    def levels(self, sequence: int, count: int, trust: float = _UNKNOWN) -> list[float]:
+        """[count] the chance that a draft's first, first two, … levels hold the text, before there is a draft. trust:
+        the chance of a level of which nothing is known."""
+        survival, product, chance = [], 1.0, trust
         for level in range(1, count + 1):
             # A level that was never reached is thought to be like the one above it, or it would never be tried.
             chance = self._levels.chance(sequence, min(level, _LEVELS), chance)

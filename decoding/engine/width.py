@@ -182,7 +182,9 @@ class Width:
         if self._drafts.cost(1, count, context) <= 0:
             return self._timed(sequences, rooms, step)
         floor = max(LEAST_SURVIVAL, self._floor(count, sum(rooms), context))
-        survival = [self.calibration.levels(s.id, room) for s, room in zip(sequences, rooms, strict=True)]
+        survival = [
+            self.calibration.levels(s.id, room, drafter.trust) for s, room in zip(sequences, rooms, strict=True)
+        ]
         for levels, held in zip(survival, covered, strict=False):
             levels[: len(held)] = [chance * (1 - other) for chance, other in zip(levels, held, strict=False)]
         for levels in survival:
