@@ -40,7 +40,8 @@ MOST_LEVELS = 24
 LEAST_SURVIVAL = 0.02
 """Guesses that are less likely than this are worth no verification, whatever it costs."""
 
-_GAIN = 1.02  # speculation must promise at least this many times plain decoding's tokens per second
+_GAIN = 1.02  # verification must promise at least this many times plain decoding's tokens per second
+_DRAFTING_GAIN = 1.1  # and drafting that takes passes of its own, of which two costs are predicted, so many times
 _TRIALS = 0.01  # of the time goes into finding out whether sequences that rest should be drafted for again
 _TRIAL_LENGTH = 2
 _CONTEXTS = 64  # tokens of context between which costs are not told apart
@@ -109,7 +110,7 @@ def lengths(
         rate = tokens / (verify[at] + drafter.cost(deepest, len(members), context))
         if rate > best:
             best, best_at = rate, at
-    if best >= _GAIN * plain:
+    if best >= _DRAFTING_GAIN * plain:
         for _, level, i in flat[:best_at]:
             chosen[i] = max(chosen[i], level + 1)
     return chosen, best / plain
