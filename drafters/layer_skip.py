@@ -7,7 +7,6 @@ committed tokens is scratch, and verification writes over it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -29,11 +28,14 @@ class SelfSpeculation(Drafter):
     """Chains of guesses by passes of the target that `_cheaper` runs."""
 
     _backend: LocalBackend
-    _confident: ClassVar[Callable[[torch.Tensor], torch.Tensor]] = staticmethod(top_probability)
 
     @abstractmethod
     def _cheaper(self, rows: List[Row]) -> torch.Tensor:
         """Logits [rows, vocab] of a step in which every row has pending tokens only."""
+
+    def _confident(self, logits: torch.Tensor) -> torch.Tensor:
+        """From such logits, how likely [rows] the most likely token is to be the target's."""
+        return top_probability(logits)
 
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
         cache = self._backend.engine.cache

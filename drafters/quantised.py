@@ -46,7 +46,6 @@ class Quantised(SelfSpeculation):
     summary: ClassVar[str] = "the target's own weights in 8 or 4 bits; quantised(weights=int4)"
 
     trust: ClassVar[float] = 0.95
-    _confident = staticmethod(clear_lead)
     _backend: LocalBackend = field(init=False, repr=False)
     _latency: LatencyModel | None = field(default=None, init=False, repr=False)
 
@@ -62,6 +61,9 @@ class Quantised(SelfSpeculation):
 
     def _cheaper(self, rows: List[Row]) -> torch.Tensor:
         return self._backend.engine.runner.forward(rows, weights=self.weights)
+
+    def _confident(self, logits: torch.Tensor) -> torch.Tensor:
+        return clear_lead(logits)
 
     def cost(self, levels: int, sequences: int, context: float) -> float:
         if self._latency is None:
