@@ -86,21 +86,21 @@ Ahead = Callable[[list[int], list[list[int]]], torch.Tensor]
 """Logits [active, target vocabulary] behind each active sequence's text and guesses: (indices, guesses of each)."""
 
 
-def top_probability(logits: torch.Tensor) -> torch.Tensor:
-    """[rows, vocab] to [rows]: that of the most likely token."""
-    return (logits.max(dim=-1).values - logits.logsumexp(-1)).exp()
+def top_probability(logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """[rows] that of the most likely token, from logits [rows, vocab] and the largest of each row."""
+    return (best - logits.logsumexp(-1)).exp()
 
 
 def guess_ahead(
     sequences: List[Sequence],
     lengths: List[int],
     ahead: Ahead,
-    confident: Callable[[torch.Tensor], torch.Tensor] = top_probability,
+    confident: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = top_probability,
 ) -> list[Draft]:
     """Chains of `lengths[i]` guesses, one level of all sequences after the other: the most likely tokens of greedy
     requests, draws under the request's own temperature and filters of the others.
 
-    confident: from logits [rows, vocab], how likely [rows] the most likely token is to be the target's.
+    confident: from logits [rows, vocab] and the largest of each row, how likely [rows] that is to be the target's.
     """
     guesses: list[list[int]] = [[] for _ in sequences]
     chances: list[list[torch.Tensor]] = [[] for _ in sequences]
@@ -108,8 +108,9 @@ def guess_ahead(
     for depth in range(max(lengths, default=0)):
         active = [i for i, length in enumerate(lengths) if length > depth]
         logits = ahead(active, [guesses[i] for i in active])
-        likely = confident(logits).tolist()
-        chosen = logits.argmax(dim=-1).tolist()
+        best, tokens = logits.max(dim=-1)
+        likely = confident(logits, best).tolist()
+        chosen = tokens.tolist()
         sampled = [k for k, i in enumerate(active) if sequences[i].params.temperature > 0]
         if sampled:
             members = [sequences[active[k]] for k in sampled]

@@ -33,9 +33,9 @@ class SelfSpeculation(Drafter):
     def _cheaper(self, rows: List[Row]) -> torch.Tensor:
         """Logits [rows, vocab] of a step in which every row has pending tokens only."""
 
-    def _confident(self, logits: torch.Tensor) -> torch.Tensor:
-        """From such logits, how likely [rows] the most likely token is to be the target's."""
-        return top_probability(logits)
+    def _confident(self, logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """From such logits and the largest of each row, how likely [rows] that token is to be the target's."""
+        return top_probability(logits, best)
 
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
         cache = self._backend.engine.cache

@@ -27,12 +27,6 @@ _NOISE = 0.1
 """About how far rounding moves the difference of two logits; what guesses are worth is learnt as they come true."""
 
 
-def clear_lead(logits: torch.Tensor) -> torch.Tensor:
-    """[rows, vocab] to [rows]: how likely the first token stays first when rounding moves its lead on the second."""
-    first, second = logits.topk(2, dim=-1).values.unbind(-1)
-    return torch.sigmoid((first - second) / _NOISE)
-
-
 @dataclass(eq=False)
 class Quantised(SelfSpeculation):
     """weights: "int8" or "int4", fewer bits than the target's.
@@ -62,8 +56,9 @@ class Quantised(SelfSpeculation):
     def _cheaper(self, rows: List[Row]) -> torch.Tensor:
         return self._backend.engine.runner.forward(rows, weights=self.weights)
 
-    def _confident(self, logits: torch.Tensor) -> torch.Tensor:
-        return clear_lead(logits)
+    def _confident(self, logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """The first token stays first unless rounding moves it by more than its lead on the second."""
+        return torch.sigmoid((best - logits.topk(2, dim=-1).values[:, 1]) / _NOISE)
 
     def cost(self, levels: int, sequences: int, context: float) -> float:
         if self._latency is None:

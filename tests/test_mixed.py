@@ -212,6 +212,8 @@ def test_a_quantised_copy_guesses_for_its_original_and_is_often_right(weights: s
     results = run(backend.engine, [(p, SpeculativeDecoder(drafter, 4)) for p in inputs], params)
     assert [s.new_tokens for s in results] == [greedy_reference(model, p, 24) for p in inputs]
     assert accepted(results) > share * sum(t.drafted for s in results for t in s.trace) > 0
+    broken = run(backend.engine, [(p, KeepsTheFirstGuess(drafter, 4)) for p in inputs], params)
+    assert [s.new_tokens for s in broken] != [s.new_tokens for s in results]
     assert all(p is q for p, q in zip(model.parameters(), backend.model.parameters(), strict=True))
 
 
