@@ -127,12 +127,16 @@ class KeepsTheFirstGuess(SpeculativeDecoder):
 
 
 def outcomes(
-    drafter: Drafter, decoder: type[SpeculativeDecoder], requests: int, *, rejects: bool = True
+    drafter: Drafter, decoder: type[SpeculativeDecoder], requests: int, *, rejects: bool = True, attach: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Observed and expected counts of every answer of four tokens at temperature 1. rejects: some guesses must be."""
+    """Observed and expected counts of every answer of four tokens at temperature 1. rejects: some guesses must be.
+    attach: the drafter guesses with the model itself."""
     model = tiny_model("llama", **_SMALL)
     prompt, new = [1, 2, 3, 1, 2], 4
-    engine = Engine(Runner(model, slots=64, capacity=16))
+    backend = LocalBackend(model, tiny_tokenizer(), slots=64, capacity=16)
+    engine = backend.engine
+    if attach:
+        drafter.attach(backend)
     speculative = decoder(drafter, 2)
     sequences = [
         engine.submit(prompt, SamplingParams(temperature=1.0, max_new_tokens=new, seed=seed), speculative)

@@ -16,6 +16,7 @@ import decoding
 from decoding import drafting
 from decoding.backends.local import LocalBackend
 from decoding.drafting import Draft, Drafter
+from decoding.engine import fused
 from decoding.engine.block import Block, Commit
 from decoding.engine.sequence import Sequence
 from decoding.engine.width import Width
@@ -151,6 +152,14 @@ def test_mixed_answers_are_plain_decodings_and_every_token_has_its_origin(temper
             assert set(report.by_source) <= {"prompt-lookup", "suffix", "token-recycling"}
             assert all(share.accepted <= share.drafted for share in report.by_source.values())
         assert "" in names and any("suffix" in name for name in names)
+
+
+@pytest.mark.parametrize("name", ["layer-skip(layers=1)", "quantised(weights=int4)"])
+def test_sampling_from_the_target_itself_keeps_its_distribution(name: str) -> None:
+    if name.startswith("quantised") and fused.find_compiler() is None:
+        pytest.skip("there is no C++ compiler here")
+    assert chi_square(*outcomes(drafting.find(name), SpeculativeDecoder, 1500, attach=True)) > 1e-4
+    assert chi_square(*outcomes(drafting.find("layer-skip(layers=1)"), KeepsTheFirstGuess, 800, attach=True)) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["mixed(nodes=2)", "mixed(drafters=suffix)"])
