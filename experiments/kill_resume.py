@@ -54,20 +54,17 @@ def main() -> int:
         seconds = time.perf_counter() - began
         made = read_run(whole).records
         answering = made[-1].started - made[0].started
-        moments = random.Random(options.seed)
-        kills = sum(
-            # Sessions of random length that together do about half of the work, so that all the kills find one.
-            killed(
-                resuming(cut, arguments), moments.uniform(0, seconds - answering + answering / options.kills), folder
-            )
-            for _ in range(options.kills)
-        )
+        moments, kills = random.Random(options.seed), 0
+        for _ in range(options.kills):
+            # Answers say when, not the clock, and leave some to make: the kill finds a process however fast it is.
+            more = moments.randint(0, len(made) // (options.kills + 1))
+            slack = answering / len(made) if more else seconds - answering
+            kills += killed(resuming(cut, arguments), cut, more, moments.uniform(0, slack), folder)
         sessions = len(read_run(cut).resumed) if holds_a_run(cut) else 0
         before = len(read_run(cut)) if holds_a_run(cut) else 0
         finish(start(resuming(cut, arguments), folder), folder)
         ours, theirs = read_run(cut), read_run(whole)
-        lines = (cut / "records.jsonl").read_bytes().splitlines()
-        answers = sum(line.startswith(b'{"kind":"answer"') for line in lines)
+        answers = answers_in(cut)
         expected = {record.key: (record.text, record.tokens, record.seed) for record in theirs}
         found = {record.key: (record.text, record.tokens, record.seed) for record in ours}
     print(f"killed {kills} times ({before} answers made in {sessions + 1} sessions), then left alone to the end")
@@ -103,12 +100,28 @@ def start(arguments: list[str], folder: str) -> int:
     return child
 
 
-def killed(arguments: list[str], seconds: float, folder: str) -> bool:
-    """Kill the command after some time; whether it was still running."""
+def killed(arguments: list[str], directory: Path, more: int, seconds: float, folder: str) -> bool:
+    """Kill the command some time after it made so many more answers, or before its first; whether it was running."""
+    before = answers_in(directory)
     child = start(arguments, folder)
-    time.sleep(seconds)
+    while answers_in(directory) < before + more:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.005)
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until and (more or answers_in(directory) == before):
+        time.sleep(0.005)
     os.kill(child, signal.SIGKILL)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def answers_in(directory: Path) -> int:
+    """Whole answers in a run's file, which may not be there yet."""
+    try:
+        lines = (directory / "records.jsonl").read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    return sum(line.startswith(b'{"kind":"answer"') and line.endswith(b"\n") for line in lines)
 
 
 def finish(child: int, folder: str) -> None:
