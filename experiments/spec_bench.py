@@ -1,14 +1,16 @@
 """Speculative decoding over a file in Spec-Bench's format (Xia et al. 2024), at several batch sizes.
 
     python -m experiments.spec_bench QUESTIONS.jsonl --drafters mixed suffix "draft-model(model=NAME)" \
-        [--batches 1 4 8 16] [--per-task 2] [--temperature 0] [--transformers] --output DIR
+        [--batches 1 4 8 16] [--repeats 1] [--per-task 2] [--temperature 0] [--transformers] --output DIR
 
-Plain decoding and every drafter take turns within each group of questions. DIR/batch-N holds the records of a run
-(`decoding report` reads them, and the same command again resumes one), DIR/answers/N/NAME.jsonl the answers as
-Spec-Bench writes them, and experiments/results/spec_bench.json the figures. Printed are Spec-Bench's tasks: speed-up
-over plain decoding, (Σ tokens ÷ Σ seconds) ÷ the same of plain decoding, with a 95 % interval bootstrapped over
-questions; acceptance length, tokens per target pass with the bonus token; and how many answers, and tokens before
-their first difference, are plain decoding's own.
+Plain decoding and every drafter take turns within each group of questions, as many as there are streams, and who
+begins moves on from group to group. With --repeats, all of that is done several times, one after the other, and a
+question's seconds and tokens are means over repeats. DIR/batch-N holds the records of a run (`decoding report` reads
+them, and the same command again resumes one), DIR/answers/N/NAME.jsonl the answers as Spec-Bench writes them, and
+experiments/results/spec_bench.json the figures. Printed are Spec-Bench's tasks: speed-up over plain decoding,
+(Σ tokens ÷ Σ seconds) ÷ the same of plain decoding, with a 95 % interval bootstrapped over questions; acceptance
+length, tokens per target pass with the bonus token; and how many answers, and tokens before their first difference,
+are plain decoding's own.
 
 With --transformers, transformers' `generate` makes answers of the same lengths to the same prompts with one stream,
 in float32, by itself, with prompt lookup and with the model's first layers as assistant; and every strategy is held
@@ -19,11 +21,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import sys
-import time
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -45,6 +44,7 @@ from decoding.strategies import Speculative, Strategy
 from decoding.trace import Metrics
 from decoding.types import Message
 from experiments.peers.__main__ import Peer
+from experiments.spec_bench_answers import accept_lengths, by_turn, slug, write_answers
 
 MT_BENCH = frozenset({"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"})
 """Categories that Spec-Bench counts as one task, multi-turn conversation."""
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--weights", default="float32", help="float32 or int8 (%(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16], help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="times every answer is made (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--per-task", type=int, default=2, help="questions of each task; 0 for all (%(default)s)")
@@ -84,11 +85,11 @@ def main() -> None:
     figures: dict[str, dict[str, dict[str, object]]] = {}
     for batch in options.batches:
         directory = options.output / f"batch-{batch}"
-        comparison = Comparison(questions, strategies, params, Schedule(streams=batch))
+        comparison = Comparison(questions, strategies, params, Schedule(repeats=options.repeats, streams=batch))
         execute(comparison, lm, directory, resume=directory.exists())
         run = read_run(directory)
         for number, name in enumerate(run.strategies):
-            write_answers(run, name, options.output / "answers" / str(batch) / f"{number}-{_slug(name)}.jsonl")
+            write_answers(run, name, options.output / "answers" / str(batch) / f"{number}-{slug(name)}.jsonl")
         own = run.strategies
         if batch == 1 and options.transformers is not None:
             run = beside_transformers(run, questions, lm, options.transformers or MODES)
@@ -130,7 +131,7 @@ def chosen(questions: Sequence[Question], per_task: int) -> list[Question]:
 def beside_transformers(run: Run, questions: Sequence[Question], lm: LocalBackend, modes: Sequence[str]) -> Run:
     """The run with answers of transformers' `generate` added: in every turn as many tokens as plain decoding made,
     behind the same prompt. Of these, only the time is kept."""
-    plain = {record.question_id: record for record in run if record.strategy == BASELINE and not record.failed}
+    asked = {question.id: question for question in questions}
     peers = [Peer(f"transformers:{mode}") for mode in modes]
     made: list[AnswerRecord] = []
     try:
@@ -139,10 +140,10 @@ def beside_transformers(run: Run, questions: Sequence[Question], lm: LocalBacken
             peer.ask([], [[1] * 8], 8, record=False)
             if peer.absent:
                 print(f"{peer.name} is absent: {peer.absent}")
-        for question in questions:
-            if question.id in plain:
-                turns = list(_prompts(question, plain[question.id], lm))
-                made += [record for peer in peers if (record := _timed(peer, plain[question.id], turns)) is not None]
+        for plain in run:
+            if plain.strategy == BASELINE and not plain.failed:
+                turns = list(_prompts(asked[str(plain.question_id)], plain, lm))
+                made += [record for peer in peers if (record := _timed(peer, plain, turns)) is not None]
     finally:
         for peer in peers:
             peer.stop()
@@ -152,7 +153,7 @@ def beside_transformers(run: Run, questions: Sequence[Question], lm: LocalBacken
 def _prompts(question: Question, record: AnswerRecord, lm: LocalBackend) -> Iterable[tuple[list[int], int]]:
     """Of every turn: the prompt, earlier answers included, and how many tokens followed."""
     messages: list[Message] = []
-    for text, said, (_, count, _) in zip(question.turns, record.turns or [record.text], _by_turn(record), strict=False):
+    for text, said, (_, count, _) in zip(question.turns, record.turns or [record.text], by_turn(record), strict=False):
         messages.append({"role": "user", "content": text})
         yield lm.encode(messages), count
         messages.append({"role": "assistant", "content": said})
@@ -212,32 +213,33 @@ def as_json(row: Row) -> dict[str, object]:
 
 def rows(run: Run, name: str, base: str = BASELINE) -> dict[str, Row]:
     """Per task, and "overall"; questions that both this strategy and `base` have answered."""
-    plain = {(r.question_id, r.repeat): r for r in run if r.strategy == base and not r.failed}
-    pairs = [
-        (record, plain[record.question_id, record.repeat])
-        for record in run
-        if record.strategy == name and not record.failed and (record.question_id, record.repeat) in plain
-    ]
+    pairs = _pairs(run, name, base)
     tasks: dict[str, list[tuple[AnswerRecord, AnswerRecord]]] = {}
     for record, reference in pairs:
         tasks.setdefault(task(record.category), []).append((record, reference))
     return {key: _row(members) for key, members in [*tasks.items(), ("overall", pairs)] if members}
 
 
+def _pairs(run: Run, name: str, base: str) -> list[tuple[AnswerRecord, AnswerRecord]]:
+    """A strategy's answers, each with the one of `base` to the same question in the same repeat."""
+    theirs = {(record.question_id, record.repeat): record for record in run if record.strategy == base}
+    both = [(r, theirs.get((r.question_id, r.repeat))) for r in run if r.strategy == name and not r.failed]
+    return [(record, reference) for record, reference in both if reference is not None and not reference.failed]
+
+
 def _row(pairs: Sequence[tuple[AnswerRecord, AnswerRecord]]) -> Row:
-    seconds, tokens = np.array([(r.metrics.seconds, r.metrics.new_tokens) for r, _ in pairs]).T
-    slow, theirs = np.array([(p.metrics.seconds, p.metrics.new_tokens) for _, p in pairs]).T
+    repeats: dict[int | str, list[list[float]]] = {}
+    for pair in pairs:
+        figures = [value for r in pair for value in (r.metrics.seconds, r.metrics.new_tokens)]
+        repeats.setdefault(pair[0].question_id, []).append(figures)
+    # Repeats of a question say nothing about other questions: the bootstrap draws their means.
+    seconds, tokens, slow, theirs = np.array([np.mean(each, axis=0) for each in repeats.values()]).T
     lengths = [length for record, _ in pairs for length in accept_lengths(record)]
     return Row(
         speedup=bootstrap(ratio_of_rates, slow, theirs, seconds, tokens),
         length=float(np.mean(lengths)) if lengths else 0.0,
         tokens_per_second=float(tokens.sum() / seconds.sum()),
     )
-
-
-def accept_lengths(record: AnswerRecord) -> list[int]:
-    """Tokens that every pass after prefill gained."""
-    return [step.committed for step in record.trace if not step.prefill]
 
 
 def table(run: Run, title: str) -> Table:
@@ -262,58 +264,14 @@ def _times(interval: Interval) -> str:
 
 def equality(run: Run, name: str) -> str:
     """How many answers have plain decoding's tokens, and how many tokens stand behind a first difference."""
-    plain = {(r.question_id, r.repeat): r for r in run if r.strategy == BASELINE and not r.failed}
     same = compared = tokens = differing = 0
-    for record in run:
-        reference = plain.get((record.question_id, record.repeat))
-        if record.strategy != name or record.failed or reference is None:
-            continue
+    for record, reference in _pairs(run, name, BASELINE):
         at = first_difference(record.tokens, reference.tokens)
         compared += 1
         same += at is None
         tokens += len(reference.tokens)
         differing += 0 if at is None else max(len(record.tokens), len(reference.tokens)) - at
     return f"{same} of {compared} answers identical to plain decoding's; {differing} of {tokens} tokens differ"
-
-
-def write_answers(run: Run, name: str, path: Path) -> None:
-    """Answers in Spec-Bench's format: one JSON object a question, figures per turn."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [answer(record) for record in run if record.strategy == name]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-
-
-def answer(record: AnswerRecord) -> dict[str, object]:
-    """One line of Spec-Bench's answer files."""
-    turns = list(_by_turn(record))
-    choice = {
-        "index": 0,
-        "turns": list(record.turns) or [record.text],
-        "decoding_steps": [steps for steps, _, _ in turns],
-        "new_tokens": [tokens for _, tokens, _ in turns],
-        "wall_time": [seconds for _, _, seconds in turns],
-        "accept_lengths": accept_lengths(record),
-    }
-    identifier = f"{zlib.crc32(f'{record.key}'.encode()):08x}"
-    return {
-        "question_id": int(record.question_id) if str(record.question_id).isdigit() else record.question_id,
-        "category": record.category,
-        "answer_id": identifier,
-        "model_id": record.strategy,
-        "choices": [choice],
-        "tstamp": time.time(),
-    }
-
-
-def _by_turn(record: AnswerRecord) -> Iterable[tuple[int, int, float]]:
-    """(decoding passes, new tokens, seconds) of every turn."""
-    each = [part.metrics for part in record.parts.values()] or [record.metrics]
-    for metrics in each:
-        yield metrics.forwards, metrics.new_tokens, metrics.seconds
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-")
 
 
 if __name__ == "__main__":

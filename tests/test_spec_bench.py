@@ -13,7 +13,7 @@ import decoding
 from decoding.backends.local import LocalBackend
 from decoding.report import AnswerRecord, Run, RunHeader, environment, read_run
 from decoding.trace import Metrics
-from experiments import acceptance_theory, spec_bench
+from experiments import acceptance_theory, spec_bench, spec_bench_answers
 from tests.test_trace import step
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
@@ -106,9 +106,10 @@ def test_transformers_answers_the_same_prompts_at_the_same_lengths(
     file.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     arguments = (str(file), "--drafters", "suffix", "--batches", "1", "--transformers", "plain", "lookup")
     output = ("--results", str(figures), "--output", str(tmp_path / "out"))
-    call(monkeypatch, spec_bench, *arguments, "--max-new-tokens", "8", *output)
+    call(monkeypatch, spec_bench, *arguments, "--max-new-tokens", "8", "--repeats", "2", *output)
     run = read_run(tmp_path / "out" / "batch-1")
     plain = [r for r in run if r.strategy == "autoregressive"]
+    assert len(plain) == 2 * len(QUESTIONS)
     for peer in FakePeer.peers:
         assert [count for _, count in peer.asked] == [
             metrics.new_tokens for r in plain for metrics in ([p.metrics for p in r.parts.values()] or [r.metrics])
@@ -130,6 +131,26 @@ def test_a_difference_is_counted() -> None:
     run = Run(RunHeader.create({}, environment(), []), (record("autoregressive", [1, 2, 3, 4]), same, other))
     assert spec_bench.equality(run, "s").startswith("1 of 1") and "0 of 4" in spec_bench.equality(run, "s")
     assert spec_bench.equality(run, "t").startswith("0 of 1") and "2 of 4" in spec_bench.equality(run, "t")
+
+
+def test_repeats_are_means_of_a_question_and_no_further_questions() -> None:
+    def record(strategy: str, question: int, repeat: int, seconds: float) -> AnswerRecord:
+        made = Metrics(seconds=seconds, new_tokens=10 + question)
+        return AnswerRecord(question, "qa", "", strategy, repeat, "", [1], "length", made)
+
+    def run(slow: list[float]) -> Run:
+        """Question q takes plain decoding q seconds and "s" the same less a half; a repeat is so many times slower."""
+        each = [(question, repeat, factor) for question in range(1, 7) for repeat, factor in enumerate(slow)]
+        plain = [record("autoregressive", q, repeat, q * factor) for q, repeat, factor in each]
+        made = [record("s", q, repeat, (q - 0.5) * factor) for q, repeat, factor in each]
+        return Run(RunHeader.create({}, environment(), []), (*plain, *made))
+
+    once, often = (spec_bench.rows(run(slow), "s")["qa"] for slow in ([1.0], [0.5, 1.0, 1.5]))
+    assert often.speedup == once.speedup and once.speedup.low < once.speedup.estimate == pytest.approx(21 / 18)
+    assert often.tokens_per_second == once.tokens_per_second
+    assert spec_bench.equality(run([1.0, 2.0]), "s").startswith("12 of 12")
+    choices = spec_bench_answers.answer([r for r in run([0.5, 1.5]) if r.key[:2] == (2, "s")])["choices"]
+    assert [(choice["index"], choice["wall_time"]) for choice in choices] == [(0, [0.75]), (1, [2.25])]  # type: ignore[attr-defined]
 
 
 def test_the_law_of_acceptance() -> None:
