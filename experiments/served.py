@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from decoding.errors import ModelError
@@ -24,6 +26,36 @@ _COMMAND_LINE = "import sys; from decoding.cli import main; sys.exit(main())"
 
 STRATEGIES = ["autoregressive", "skeleton(prompt=skeleton/small)"]
 """A server does not say how large its model is; the default one is small, and needs the prompts for small models."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `decoding compare` is to do with a server.
+
+    questions: a file or a suite, of which the first `limit`. patience: seconds for all answers.
+    """
+
+    questions: str
+    limit: int
+    max_new_tokens: int
+    strategies: Sequence[str]
+    patience: float
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser, *, patience: float) -> None:
+        """What every script that asks a server offers."""
+        parser.add_argument("questions", nargs="?", default="default", help="a question file or a shipped suite")
+        parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
+        parser.add_argument("--limit", type=int, default=4, help="questions (%(default)s)")
+        parser.add_argument("--max-new-tokens", type=int, default=160)
+        parser.add_argument(
+            "--run-seconds", type=float, default=patience, help="for the answers of a server (%(default)s)"
+        )
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Asked:
+        """As a command line says."""
+        return cls(options.questions, options.limit, options.max_new_tokens, options.strategies, options.run_seconds)
 
 
 def environment(folder: Path, *steps: Sequence[str]) -> Path:
@@ -109,29 +141,21 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, patience: float
         time.sleep(0.5)
 
 
-def compared(
-    url: str,
-    model: str,
-    output: Path,
-    *,
-    questions: str,
-    limit: int,
-    max_new_tokens: int,
-    strategies: Sequence[str],
-    more: Sequence[str] = (),
-    patience: float = 3600,
-) -> Summary:
-    """`decoding compare` on a server, in a process of its own; `more` are further options of it. Returns the figures.
+def compared(url: str, model: str, output: Path, asked: Asked) -> Summary:
+    """`decoding compare` on a server, in a process of its own. Returns the figures.
 
-    Raises ModelError if the comparison could not be run, or was not done within `patience` seconds; the answers that
-    it has by then are in `output`.
+    Raises ModelError if the comparison could not be run, or was not done in time; the answers that it has by then are
+    in `output`.
     """
-    command = ["compare", questions, "--limit", str(limit), "--max-new-tokens", str(max_new_tokens)]
-    command += ["--strategies", *strategies, "--base-url", url, "--model", model, "--output", str(output), *more]
+    command = ["compare", asked.questions, "--limit", str(asked.limit), "--strategies", *asked.strategies]
+    command += ["--max-new-tokens", str(asked.max_new_tokens)]
+    command += ["--base-url", url, "--model", model, "--output", str(output)]
     try:
-        done = subprocess.run([sys.executable, "-c", _COMMAND_LINE, *command], timeout=patience)
+        done = subprocess.run([sys.executable, "-c", _COMMAND_LINE, *command], timeout=asked.patience)
     except subprocess.TimeoutExpired:
-        raise ModelError(f"the comparison was not done within {patience:.0f} s; {output} has what there is.") from None
+        raise ModelError(
+            f"the comparison was not done within {asked.patience:.0f} s; {output} has what there is."
+        ) from None
     if done.returncode:
         raise ModelError(f"the comparison on {url} ended with {done.returncode}.")
     return summarize(read_run(output))

@@ -14,7 +14,7 @@ from decoding.errors import ModelError
 from decoding.report import AnswerRecord, RecordWriter, RunHeader, environment
 from decoding.trace import Metrics
 from experiments.serve_vllm import VARIANTS, cores, rows, show
-from experiments.served import compared, free_port, model_folder, served
+from experiments.served import Asked, compared, free_port, model_folder, served
 
 SERVER = """
 import os, sys
@@ -70,17 +70,9 @@ def test_waits_are_bounded(tmp_path: Path) -> None:
         served(command, free_port(), log=tmp_path / "server.log", settings={}, patience=1),
     ):
         pass
+    asked = Asked("default", limit=1, max_new_tokens=8, strategies=["autoregressive"], patience=0.2)
     with pytest.raises(ModelError, match="not done within 0 s"):
-        compared(
-            "http://127.0.0.1:9/v1",
-            "m",
-            tmp_path / "run",
-            questions="default",
-            limit=1,
-            max_new_tokens=8,
-            strategies=["autoregressive"],
-            patience=0.2,
-        )
+        compared("http://127.0.0.1:9/v1", "m", tmp_path / "run", asked)
     assert time.monotonic() - began < 30  # and neither was waited for any longer
 
 
