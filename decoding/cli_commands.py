@@ -177,18 +177,27 @@ def run_models(_: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from decoding.models import aliases
+    from decoding.models import Alias, aliases
+    from decoding.strategies.adapter import about, shipped_adapters
+    from drafters.heads.fitting import shipped_heads
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("model", "", "where"):
-        table.add_column(column, overflow="fold")
-    for alias in aliases():
-        paths = alias.paths
-        table.add_row(
-            alias.name,
-            alias.description,
-            f"not installed: {alias.install}" if paths is None else str(paths[0]),
-        )
-    Console().print(table)
-    print("Any local folder in Hugging Face's layout, .gguf file or hub id (owner/name) works too.")
+    def where(alias: Alias) -> str:
+        return f"not installed: {alias.install}" if alias.paths is None else str(alias.paths[0])
+
+    rows = {
+        "model": [(alias.name, alias.description, where(alias)) for alias in aliases()],
+        "adapter": [(f"jacobi(adapter={name})", about(path), str(path)) for name, path in shipped_adapters().items()],
+        "drafter": [(head.kind, str(head), str(head.folder)) for head in shipped_heads()],
+    }
+    console = Console()
+    for kind, found in rows.items():
+        table = Table(box=None, pad_edge=False)
+        for column in (kind, "", "where"):
+            table.add_column(column, overflow="fold")
+        for row in found:
+            table.add_row(*row)
+        if found:
+            console.print(table)
+    print("Any local folder in Hugging Face's layout, .gguf file or hub id (owner/name) works as a model, too;")
+    print("any folder of an adapter or a head as jacobi(adapter=FOLDER), eagle3(head=FOLDER), medusa(head=FOLDER).")
     return 0

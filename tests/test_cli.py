@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from decoding.cli import command_line, main
 from decoding.config import RunConfig, read_run_file
 from decoding.options import LoadOptions, Schedule
 from decoding.report import read_run, summarize
+from decoding.strategies import adapter
+from decoding.strategies.adapter import CARD, CONFIG
+from drafters.heads import fitting
 from tests.tiny import tiny_model, tiny_tokenizer
 
 QUESTIONS = [
@@ -209,6 +213,19 @@ def test_help_lists_strategies_drafters_and_models(capsys: pytest.CaptureFixture
         assert name in out
 
 
-def test_models_lists_aliases(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_lists_what_can_be_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = {"peft_type": "LORA", "r": 6, "base_model_name_or_path": "tiny-1"}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    (tmp_path / CARD).write_text(json.dumps({"training": {"block_size": 12}}))
+    monkeypatch.setattr(adapter, "shipped_adapters", lambda: {"mine": tmp_path})
+    monkeypatch.setenv("COLUMNS", "400")
     assert main(["models"]) == 0
-    assert "smollm2-135m" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "smollm2-135m" in out
+    assert re.search(r"jacobi\(adapter=mine\) +LoRA of rank 6 for tiny-1, trained with blocks of 12", out)
+    for head in fitting.shipped_heads():
+        assert re.search(rf"{head.kind} .*for {head.model} \(hidden size {head.sizes.hidden}, .*{head.folder}", out)
+    monkeypatch.setattr(adapter, "shipped_adapters", dict)
+    assert main(["models"]) == 0 and "LoRA of" not in capsys.readouterr().out

@@ -86,18 +86,29 @@ def load_adapter(name: str) -> Adapter:
         if folder.name == name:
             raise UnknownName("adapter", name, [*shipped_adapters(), "the path of a folder"])
         raise ModelError(f"there is no adapter at {folder}: no such folder.")
+    config, card = _described(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-        card = json.loads((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else {}
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{folder} is not a LoRA adapter as peft saves it: {error}.") from error
+        raise _no_adapter(folder, error) from error
     unsupported = [key for key in ("use_dora", "fan_in_fan_out", "modules_to_save") if config.get(key)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
         raise ModelError(
             f"{folder} holds more than plain LoRA updates of linear layers; train it without such options."
         )
     return Adapter(folder, _updates(folder, config, tensors), _numbers(card.get("fingerprint")))
+
+
+def about(folder: Path) -> str:
+    """What an adapter is, in a line: its rank, and the model and the block size that it was trained for, where it says
+    so. Raises ModelError if it cannot be read."""
+    config, card = _described(folder)
+    text = f"LoRA of rank {config.get('r')}"
+    if model := config.get("base_model_name_or_path"):
+        text += f" for {model}"
+    if block := card.get("training", {}).get("block_size"):
+        text += f", trained with blocks of {block}"
+    return text
 
 
 def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
@@ -132,6 +143,20 @@ def fingerprint(model: PreTrainedModel) -> tuple[float, ...]:
 def _alike(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     apart, size = math.dist(one, other), math.hypot(*one)
     return len(one) == len(other) and apart <= _LIKENESS * size
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An adapter's configuration and its card, which is empty where there is none."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        card = json.loads((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else {}
+    except (OSError, ValueError) as error:
+        raise _no_adapter(folder, error) from error
+    return config, card
+
+
+def _no_adapter(folder: Path, error: Exception) -> ModelError:
+    return ModelError(f"{folder} is not a LoRA adapter as peft saves it: {error}.")
 
 
 def _stranger(adapter: Adapter, model: PreTrainedModel, why: str) -> ModelError:

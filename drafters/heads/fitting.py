@@ -42,6 +42,20 @@ class Sizes:
         return f"hidden size {self.hidden}, a vocabulary of {self.vocab}{layers}"
 
 
+@dataclass(frozen=True)
+class ShippedHead:
+    """A head that comes with the project. kind: the drafter that runs it ("eagle3", "medusa"). model: the name of the
+    one that it was trained for, where it says so."""
+
+    kind: str
+    model: str | None
+    sizes: Sizes
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"a head for {self.model or 'models'} ({self.sizes})"
+
+
 def require_fit(folder: Path | str, head: Sizes, backend: LocalBackend) -> None:
     """Raise ModelError, naming the sizes, unless the head was made for such a model."""
     target = Sizes.of(backend.engine.runner)
@@ -52,13 +66,9 @@ def require_fit(folder: Path | str, head: Sizes, backend: LocalBackend) -> None:
         )
 
 
-def shipped_head(kind: str, backend: LocalBackend) -> Path:
-    """The folder of the head of this kind ("eagle3", "medusa") that comes with the project for a model.
-
-    A model is known by its sizes; where several heads fit, by its name. Raises ModelError if there is none.
-    """
-    target = Sizes.of(backend.engine.runner)
-    fitting = []
+def shipped_heads() -> list[ShippedHead]:
+    """Every head that comes with the project."""
+    heads = []
     for file in sorted(SHIPPED.glob("*/config.json")):
         values = read_config(file.parent)
         layer = values.get("transformer_layer_config") or {}
@@ -67,14 +77,24 @@ def shipped_head(kind: str, backend: LocalBackend) -> Path:
             layer.get("vocab_size", 0) or values.get("vocab_size", 0),
             values.get("target_num_hidden_layers"),
         )
-        if values.get("speculators_model_type", values.get("head_type")) == kind and sizes.fit(target):
-            fitting.append((values.get("target_model") != backend.name, file.parent))
+        kind = values.get("speculators_model_type", values.get("head_type"))
+        heads.append(ShippedHead(str(kind), values.get("target_model"), sizes, file.parent))
+    return heads
+
+
+def shipped_head(kind: str, backend: LocalBackend) -> Path:
+    """The folder of the head of this kind ("eagle3", "medusa") that comes with the project for a model.
+
+    A model is known by its sizes; where several heads fit, by its name. Raises ModelError if there is none.
+    """
+    target = Sizes.of(backend.engine.runner)
+    fitting = [head for head in shipped_heads() if head.kind == kind and head.sizes.fit(target)]
     if not fitting:
         raise ModelError(
             f"no {kind} head is shipped for {backend.name} ({target}); train one with `python -m "
             f"drafters.training.{kind.rstrip('3')} --model …` and name its folder: {kind}(head=FOLDER)."
         )
-    other_name, folder = min(fitting)
-    if other_name:
-        logger.info("%s has the sizes of the model that the head in %s was trained for.", backend.name, folder)
-    return folder
+    head = min(fitting, key=lambda head: (head.model != backend.name, head.folder))
+    if head.model != backend.name:
+        logger.info("%s has the sizes of the model that the head in %s was trained for.", backend.name, head.folder)
+    return head.folder
