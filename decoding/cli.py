@@ -165,10 +165,8 @@ def command_line(arguments: Sequence[str] | None) -> argparse.ArgumentParser:
 
 def _catalogue() -> str:
     """Every strategy, drafter and model, for `--help`."""
-    from decoding import drafting
+    from decoding import catalogue
     from decoding.models import aliases
-    from decoding.strategies import REGISTRY
-    from decoding.strategies.policies import REGISTRY as POLICIES
 
     def lines(title: str, rows: Sequence[tuple[str, str]]) -> str:
         width = max(len(name) for name, _ in rows)
@@ -176,9 +174,9 @@ def _catalogue() -> str:
 
     return "\n\n".join(
         [
-            lines("strategies:", [(name, strategy.summary) for name, strategy in REGISTRY.items()]),
-            lines("drafters, for speculative(drafter=...):", [(n, d.summary) for n, d in drafting.names().items()]),
-            lines("commit policies, for block-diffusion(policy=...):", [(n, p.summary) for n, p in POLICIES.items()]),
+            lines("strategies:", catalogue.strategies()),
+            lines("drafters, for speculative(drafter=...):", catalogue.drafters()),
+            lines("commit policies, for block-diffusion(policy=...):", catalogue.policies()),
             lines("models:", [(a.name, a.description) for a in aliases()]),
             "Options go in parentheses and may nest: 'skeleton(inner=speculative(drafter=prompt-lookup))'.",
         ]

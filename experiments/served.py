@@ -22,8 +22,6 @@ from decoding.report import Summary, read_run, summarize
 
 STOPPING_SECONDS = 30
 
-_COMMAND_LINE = "import sys; from decoding.cli import main; sys.exit(main())"
-
 STRATEGIES = ["autoregressive", "skeleton(prompt=skeleton/small)"]
 """A server does not say how large its model is; the default one is small, and needs the prompts for small models."""
 
@@ -151,7 +149,7 @@ def compared(url: str, model: str, output: Path, asked: Asked) -> Summary:
     command += ["--max-new-tokens", str(asked.max_new_tokens)]
     command += ["--base-url", url, "--model", model, "--output", str(output)]
     try:
-        done = subprocess.run([sys.executable, "-c", _COMMAND_LINE, *command], timeout=asked.patience)
+        done = subprocess.run([sys.executable, "-m", "decoding", *command], timeout=asked.patience)
     except subprocess.TimeoutExpired:
         raise ModelError(
             f"the comparison was not done within {asked.patience:.0f} s; {output} has what there is."

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from textwrap import dedent
+from typing import Any
 
 import pytest
 
+from decoding import catalogue, drafting
 from decoding.cli import command_line, main
 from decoding.config import RunConfig, read_run_file
 from decoding.options import LoadOptions, Schedule
 from decoding.report import read_run, summarize
-from decoding.strategies import adapter
+from decoding.strategies import REGISTRY, adapter
 from decoding.strategies.adapter import CARD, CONFIG
+from decoding.strategies.policies import REGISTRY as POLICIES
 from drafters.heads import fitting
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -211,6 +218,32 @@ def test_help_lists_strategies_drafters_and_models(capsys: pytest.CaptureFixture
     assert exit.value.code == 0
     for name in ("autoregressive", "jacobi", "skeleton", "speculative", "prompt-lookup", "draft-model", "smollm2-135m"):
         assert name in out
+
+
+def test_help_says_of_everything_what_it_says_of_itself() -> None:
+    def shipped(registry: Mapping[str, Any]) -> dict[str, str]:
+        packages = ("decoding.", "drafters.")
+        return {name: found.summary for name, found in registry.items() if found.__module__.startswith(packages)}
+
+    assert dict(catalogue.strategies()) == shipped(REGISTRY)
+    assert dict(catalogue.drafters()) == shipped(drafting.names())
+    assert dict(catalogue.policies()) == shipped(POLICIES)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["race", "--help"], ["compare", "--streams", "x"]])
+def test_whoever_asks_for_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+    code = f"""
+        import sys
+        from decoding.cli import main
+        try:
+            main({arguments})
+        finally:
+            print("heavy:", *sorted({{"torch", "transformers", "scipy"}} & set(sys.modules)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", dedent(code)], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.stdout.endswith("heavy:\n") and ("usage" in done.stdout or "error" in done.stderr), done
 
 
 def test_models_lists_what_can_be_named(
