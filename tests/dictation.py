@@ -62,8 +62,11 @@ class _Dictation(Decoder):
             text = next(text for key, text in self._texts if key in asked)
             if text == "!":
                 raise RuntimeError("dictation ran dry")
-            place = len(sequence.new_tokens)
+            begun = asked.rpartition("assistant\n1.")[2]  # of an outline that goes on behind a number it was given
             data = text.encode()
+            place = len(sequence.new_tokens)
+            if text.startswith(begun) or begun.startswith(text):
+                place += len(begun)
             commits.append(Commit((data[place] if place < len(data) else EOS,)))
         return commits
 

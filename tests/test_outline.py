@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decoding.strategies.merge import Composition, PointText, merge, tidy
-from decoding.strategies.outline import OutlineParser, Point, parse_outline
+from decoding.strategies.outline import OutlineParser, Point, parse_outline, steered
 from decoding.strategies.outline_title import split_needs, trim_title
 
 # name → outline, its points: a bare title has the number that its place in the list gives it.
@@ -162,6 +162,38 @@ def test_points_name_the_points_they_need(name: str) -> None:
     points = parse_outline(f"1. Trains\n2. Planes\n{line}\n4. Choose")
     assert points[2] == Point(3, "Compare both", needs)
     assert all(not point.needs for point in points[:2])
+
+
+@pytest.mark.parametrize(
+    ("text", "ahead"),
+    [
+        ("1. Soil\n", "1. Soil\n2."),
+        ("1. Soil\n2. Light\n\n", "1. Soil\n2. Light\n3."),
+        ("1) Soil\n2) Light \n", "1) Soil\n2) Light\n3)"),
+        ("**9.** Soil\n", "**9.** Soil\n**10.**"),
+        (
+            "1. Syntax and semantics of the language: it has",
+            "1. Syntax and semantics of the language\n2.",
+        ),
+        (
+            "1. Break down larger projects into smaller s",
+            "1. Break down larger projects\n2.",
+        ),
+        ("1. One two three four five six s", "1. One two three four five six\n2."),
+        ("1. One two three four five six", None),
+        ("1. 植物需要充足的阳光和水分才", "1. 植物需要充足的阳光和水分\n2."),
+        ("1. Diet: eat more plants", None),
+        ("1. Soil", None),
+        ("1.", None),
+        ("1.\n", None),
+        ("", None),
+        ("There is no list\n", None),
+        ("- Soil\n", None),
+        ("I. Soil\n", None),
+    ],
+)
+def test_numbers_are_given_and_long_titles_ended(text: str, ahead: str | None) -> None:
+    assert steered(text) == ahead
 
 
 def test_numbers_are_counted_beyond_ten() -> None:

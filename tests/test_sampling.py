@@ -200,7 +200,7 @@ def test_processors_and_their_order_agree_with_generate() -> None:
         seen[step, out.sequences[0, : prompt.shape[1] + step]] = True
     columns = SamplingColumns.of([params]).rows(torch.zeros(steps, dtype=torch.long))
     ours = probabilities(
-        adjust(logits, columns, seen=seen, eos=torch.tensor(eos), generated=torch.arange(steps)), columns
+        adjust(logits, columns, seen=seen.nonzero().T, eos=torch.tensor(eos), generated=torch.arange(steps)), columns
     )
     theirs = torch.cat(out.scores).softmax(-1)
     assert torch.equal(ours > 0, theirs > 0)
@@ -241,7 +241,7 @@ def test_adjustments_belong_to_their_row() -> None:
     logits = torch.tensor([[1.0, -1.0, 2.0, -4.0]] * 4)
     seen = torch.tensor([[True, True, False, False]] * 4)
     adjusted = adjust(
-        logits, SamplingColumns.of(params), seen=seen, eos=column(2), generated=column(1, 1, 1, 1)
+        logits, SamplingColumns.of(params), seen=seen.nonzero().T, eos=column(2), generated=column(1, 1, 1, 1)
     ).tolist()
     assert adjusted == [
         [1.0, 4.0, 2.0, -6.0],
@@ -315,7 +315,7 @@ def test_sampling_never_waits_for_the_device() -> None:
     )
     logits = torch.empty(1, 5000, device="meta")
     ids = torch.zeros(1, dtype=torch.long, device="meta")
-    logits = adjust(logits, columns, seen=logits > 0, eos=ids, generated=ids)
+    logits = adjust(logits, columns, seen=ids.expand(2, 1), eos=ids, generated=ids)
     token = draw(probabilities(logits, columns), uniforms(columns.seed, ids, 0, 1)[:, 0])
     assert token.shape == token_logprobs(logits, token).shape == (1,)
 

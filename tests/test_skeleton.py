@@ -47,7 +47,7 @@ def steps(part: Generation) -> range:
 
 @pytest.mark.parametrize("prompt", ["skeleton", "skeleton/small"])
 def test_points_are_begun_while_the_outline_is_written(lm: decoding.LocalBackend, prompt: str) -> None:
-    together, apart = answer(lm, prompt=prompt, pipeline=True), answer(lm, prompt=prompt, pipeline=False)
+    together, apart = (answer(lm, prompt=prompt, pipeline=pipeline, steer=False) for pipeline in (True, False))
     outline, expansions = together.parts["outline"], points(together)
     written = [step.step for step in outline.trace if step.committed]  # one byte each
     for title, expansion in zip(TITLES, expansions, strict=True):
@@ -101,6 +101,21 @@ def test_points_reuse_what_the_outline_has_read(lm: decoding.LocalBackend, promp
     computed = sum(part.metrics.prefill_tokens for part in points(out))
     assert 0 < computed <= 0.4 * sum(part.metrics.prompt_tokens for part in points(out))
     assert out.parts["outline"].metrics.reused_tokens == 0
+
+
+def test_a_steered_outline_is_the_same_in_fewer_passes(lm: decoding.LocalBackend) -> None:
+    free, steered = (answer(lm, steer=steer) for steer in (False, True))
+    assert free.text == steered.text
+    one, other = free.parts["outline"], steered.parts["outline"]
+    assert one.text.strip() == other.text.strip() and one.metrics.reused_tokens == other.metrics.reused_tokens == 0
+    # Three numbers of two bytes that nobody has to write.
+    assert len(other.tokens) == len(one.tokens) - 6
+    assert len({step.step for step in other.trace}) == len({step.step for step in one.trace}) - 6
+
+    sentence = " Repair pipes, since they lose more water than people drink in a year\n2. Plant for drought\n"
+    ended = answer(lm, outline=Dictated((("2.", " Plant for drought\n"), ("", sentence))), max_points=2)
+    assert ended.parts["outline"].text.startswith(" Repair pipes, since they lose more\n2. Plant")
+    assert [label for label in ended.parts if label.startswith("point")] == ["point 1", "point 2"]
 
 
 @pytest.mark.parametrize("expand", ["speculative(draft_length=4)", "jacobi(block_size=4)", "lookahead(adaptive=false)"])
@@ -238,7 +253,7 @@ def test_an_outline_that_fails_leaves_the_points_it_had(lm: decoding.LocalBacken
             whole.commit = breaking  # type: ignore[method-assign]
             return whole
 
-    out = answer(lm, outline=Breaks((("", OUTLINE),)))
+    out = answer(lm, outline=Breaks((("", OUTLINE),)), steer=False)
     assert out.error == "outline: RuntimeError: out of ink" and out.finish_reason == "error"
     assert len(points(out)) == 3 and "3. **Price by use**" in out.text
 

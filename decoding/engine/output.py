@@ -119,9 +119,7 @@ def _processed(sequences: List[Sequence], blocks: List[Block], counts: np.ndarra
         first += 1 + len(block)
     seen = None
     if columns.needs_history:
-        seen = torch.zeros(raw.shape, dtype=torch.bool, device=device)
-        at = torch.from_numpy(np.stack([np.concatenate(seen_rows), np.concatenate(seen_tokens)])).to(device)
-        seen[at[0], at[1]] = True
+        seen = torch.from_numpy(np.stack([np.concatenate(seen_rows), np.concatenate(seen_tokens)])).to(device)
     eos = sorted(set().union(*(s.eos for s in sequences)))
     return adjust(
         raw,

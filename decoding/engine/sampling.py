@@ -159,8 +159,8 @@ def adjust(
 ) -> Tensor:
     """Logits `[R, V]` after logit bias, repetition penalty and the ban on ending too early.
 
-    seen: bool `[R, V]`, tokens of the prompt and of the answer up to this row, the draft tokens above it
-        included; needed where `columns.needs_history`.
+    seen: int64 `[2, N]`, pairs of a row and a token of its prompt, of its answer so far, or of the draft above it; a
+        pair may come twice. Needed where `columns.needs_history`.
     eos: int64 `[E]`, the model's end-of-sequence tokens; generated: int64 `[R]`, new tokens that precede
         this row's, drafts included; needed where `columns.uses_min_new_tokens`.
 
@@ -175,8 +175,9 @@ def adjust(
     if columns.needs_history:
         assert seen is not None, "a repetition penalty needs the tokens seen so far"
         logits = _working(logits)
-        penalty = columns.repetition_penalty[:, None].to(logits.dtype)
-        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+        rows, tokens = seen
+        found, penalty = logits[rows, tokens], columns.repetition_penalty[rows].to(logits.dtype)
+        logits = logits.index_put((rows, tokens), torch.where(found < 0, found * penalty, found / penalty))
     if columns.uses_min_new_tokens and eos is not None:
         assert generated is not None, "a minimum length needs the number of tokens generated so far"
         logits = _working(logits)

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass
 
 from decoding.strategies.outline_marker import ARABIC, WORD_AND_DIGITS, Numbering, Style, read_inline, read_marker
-from decoding.strategies.outline_title import split_needs, trim_title
+from decoding.strategies.outline_title import overlong, split_needs, trim_title
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,28 @@ def parse_outline(text: str, *, max_points: int = 10) -> list[Point]:
     """
     parser = OutlineParser(max_points=max_points)
     return parser.feed(text) + parser.finish()
+
+
+def steered(text: str) -> str | None:
+    """The outline to go on with instead of `text`, its beginning; None where the model should just write on.
+
+    A title that has become a sentence is ended, and the next number, which is no secret, is put behind it and behind
+    every line that is complete. Whoever writes the numbers into the prompt computes them with the token behind them, in
+    one pass instead of several; and a small model that is given them neither explains its points nor loses count.
+    """
+    body = text.rstrip(" \n")
+    start = body.rfind("\n") + 1
+    marker = read_marker(body[start:])
+    at = body.rfind(marker.rest, start) if marker and marker.rest else -1
+    if marker is None or at < 0 or str(marker.number) not in body[start:at]:
+        return None  # not a numbered point, or one numbered in letters
+    if "\n" not in text[len(body) :]:
+        title = overlong(marker.rest)
+        if title is None:
+            return None
+        body = body[:at] + title
+    number = body[start:at].replace(str(marker.number), str(marker.number + 1), 1)
+    return f"{body}\n{number.rstrip()}"
 
 
 class OutlineParser:

@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 
 # A title is asked for in 3 to 5 words. Up to this length it is taken as it is, even "Diet: eat more plants";
-# beyond, it is cut before its explanation; and what is still long after that is cut at the second limit.
+# beyond, it is cut before its explanation; and what is still long after that is cut at the second limit. While it is
+# being written it can be ended, and is at the first.
 _SHORT, _LONG = 6, 15
+_JOINTS = re.compile(
+    r"and|or|but|nor|so|as|than|that|which|who|whose|where|when|while|because|if|to|of|in|on|at|by|for|from|with|into|"
+    r"through|about|over|under|between|without|during|throughout|instead|such|like|using|including|is|are",
+    re.IGNORECASE,
+)
+"""Words that begin something more: a title that is ended ends before one."""
 
 _NUMBERS = (
     r"(?:(?:points?|steps?|items?|nos?\.?)\s*)?#?\d{1,2}"
@@ -77,6 +84,25 @@ def trim_title(text: str) -> str:
     if len(text) > 1 and (text[0], text[-1]) in _PAIRS:
         text = text[1:-1].strip(_EDGES)
     return text if re.search(r"[^\W_]", text) else ""
+
+
+def overlong(text: str) -> str | None:
+    """The title to make of one that is being written, once it is longer than a title should be; None until then.
+
+    What it is called before its explanation begins; or else its first words, up to where a phrase ends if that leaves
+    four of them.
+    """
+    if _length(text) <= _SHORT:  # the word behind these has begun, so that they are whole
+        return None
+    for separator in (_EXPLANATION, _SENTENCE):
+        head = separator.split(text, maxsplit=1)[0]
+        if head != text and re.search(r"\w", head):
+            return head
+    words = text.split()[:_SHORT]
+    if len(words) < _SHORT:
+        return text[: 2 * _SHORT]  # no spaces between words
+    end = next((at for at in range(_SHORT - 1, 3, -1) if _JOINTS.fullmatch(words[at])), _SHORT)
+    return " ".join(words[:end])
 
 
 def _length(text: str) -> float:

@@ -42,6 +42,8 @@ class SkeletonOfThought(Strategy):
     in its prompt; all the points whose needs are met are written at the same time. A point can need earlier ones
     only, which breaks every cycle: of two points that need each other, the one that comes first goes ahead.
 
+    steer: on local models, give the outline's numbers instead of having them written, and end a title that has become a
+    sentence.
     max_points: how many are asked for at most; points beyond these are left out. outline_tokens: limit of the outline.
     point_tokens: limit of each point; several ("96, 48") are for the first, the second … point, the last of them for
     all further ones. A request's `max_new_tokens` bounds the points together: fewer are asked for where they would have
@@ -67,6 +69,7 @@ class SkeletonOfThought(Strategy):
     pipeline: bool = True
     router: Router | str | Callable[[str], bool] = Always()
     dependencies: bool = False
+    steer: bool = True
     max_points: int = 8
     outline_tokens: int = 96
     point_tokens: int | str | Sequence[int] = 96
@@ -94,7 +97,7 @@ class SkeletonOfThought(Strategy):
             object.__setattr__(self, stage, value)
             needs |= value.needs
         object.__setattr__(self, "needs", needs)  # a backend that cannot run the parts cannot run the whole
-        for option in ("pipeline", "dependencies"):
+        for option in ("pipeline", "dependencies", "steer"):
             if not isinstance(value := getattr(self, option), bool):
                 raise InvalidRequest(f"{option} must be true or false, not {value!r}.")
         for option, least in (("max_points", 2), ("outline_tokens", 1), ("at_once", 0)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 import zlib
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from decoding.backends.base import Backend, OnText
 from decoding.errors import DecodingError, InvalidRequest
 from decoding.strategies.base import TokenStrategy
 from decoding.strategies.merge import Composition
-from decoding.strategies.outline import OutlineParser, Point
+from decoding.strategies.outline import OutlineParser, Point, steered
 from decoding.strategies.router import Always, Router
-from decoding.trace import Metrics, shifted
+from decoding.trace import Metrics, measure, shifted
 from decoding.types import FinishReason, Generation, Message, Prompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -117,21 +116,48 @@ class SkeletonAnswer:
         at_once = self._strategy.at_once or self._backend.at_once(chat.messages, expand, self._most)
         self._places = asyncio.Semaphore(at_once)
         parser = OutlineParser(max_points=self._most)
-        written = ""
-        found: list[tuple[Point, str]] = []  # with the outline as far as the point
+        steer = self._strategy.steer and bool(chat.prefill) and "tokens" in self._backend.capabilities
+        written, fed = chat.prefill, 0
+        ahead: str | None = None  # the outline with a number that was given
+        began = time.perf_counter()
+
+        def points() -> list[tuple[Point, str]]:
+            """Those that complete lines complete, each with the outline as far as its own line."""
+            nonlocal fed
+            complete = []
+            while (end := written.find("\n", fed) + 1) and not parser.done:
+                complete += [(point, written[:end].rstrip()) for point in parser.feed(written[fed:end])]
+                fed = end
+            return complete
 
         def read(piece: str) -> bool:
-            nonlocal written
-            for line in re.split(r"(?<=\n)", piece):  # so that every point comes with its own line and no later one
-                written += line
-                found.extend((point, written.rstrip()) for point in parser.feed(line))
+            nonlocal written, ahead
+            if written == ahead:
+                return True
+            written += piece
+            ahead = steered(written) if steer else None
+            written = ahead or written
+            found.extend(points())
             if self._strategy.pipeline:
                 self._begin(found)
-            return parser.done or self._over
+            return ahead is not None or parser.done or self._over
 
-        read(chat.prefill)
-        outline = await self._part("outline", chat, self._strategy.outline_tokens, read)
-        found.extend((point, written.rstrip()) for point in parser.finish(truncated=outline.finish_reason in _CUT_OFF))
+        found = points()
+        stretches: list[Generation] = []
+        left = self._strategy.outline_tokens
+        while not stretches or (ahead is not None and left > 0 and not parser.done and not self._over):
+            label = "outline" if not stretches else f"outline, from point {len(stretches) + 1}"
+            begun, ahead = replace(chat, prefill=written), None
+            stretches.append(await self._generate(label, begun, left, read))
+            left -= len(stretches[-1].tokens)
+        if written == ahead or (len(stretches) > 1 and not stretches[-1].text):
+            written = written[: written.rindex("\n")]  # a number that nothing followed
+        outline = self._parts["outline"] = _joined(
+            stretches, written.removeprefix(chat.prefill), time.perf_counter() - began
+        )
+        if not parser.done:
+            rest = parser.feed(written[fed:]) + parser.finish(truncated=outline.finish_reason in _CUT_OFF)
+            found.extend((point, written.rstrip()) for point in rest)
         self._begin(found)
         return outline
 
@@ -179,7 +205,9 @@ class SkeletonAnswer:
             self._show()
             return self._over
 
-        generation = await self._part(f"point {place + 1}", chat, limit, read, (f"\n{point.index + 1}.",))
+        label = f"point {place + 1}"
+        generation = await self._generate(label, chat, limit, read, (f"\n{point.index + 1}.",))
+        self._parts[label] = generation
         self._text.finish(place, truncated=generation.finish_reason in _CUT_OFF)
         self._show()
         return generation
@@ -192,11 +220,12 @@ class SkeletonAnswer:
             self._shown += len(more)
             self._over = self._on_text(more) is True
 
-    async def _part(
+    async def _generate(
         self, label: str, chat: prompts.ChatPrompt, limit: int, read: OnText, stop: Sequence[str] = ()
     ) -> Generation:
-        """One sequence of the answer. Every part has a seed of its own, by its label."""
-        stage: TokenStrategy = self._strategy.stage("outline" if label == "outline" else "expand")
+        """One sequence of the answer, which has a seed of its own, by its label."""
+        outline = label.startswith("outline")
+        stage: TokenStrategy = self._strategy.stage("outline" if outline else "expand")
         params = self._params.but(
             max_new_tokens=limit,
             min_new_tokens=0,
@@ -211,12 +240,11 @@ class SkeletonAnswer:
         try:
             generation = await self._backend.complete(chat.messages, params, stage, prefill=chat.prefill, on_text=read)
         except DecodingError as error:
-            if label == "outline":
+            if outline:
                 raise
             # A prompt that has grown too long, say: the other points are not to suffer for it.
             generation = Generation("", [], "error", Metrics(), error=f"{type(error).__name__}: {error}")
-        self._parts[label] = replace(generation, trace=shifted(generation.trace, offset))
-        return generation
+        return replace(generation, trace=shifted(generation.trace, offset))
 
     def _assembled(self, text: str, reason: FinishReason, error: str | None) -> Generation:
         """One generation from its parts, in the order they were asked for."""
@@ -244,6 +272,23 @@ class SkeletonAnswer:
             error=error,
             parts=parts,
         )
+
+
+def _joined(stretches: Sequence[Generation], text: str, seconds: float) -> Generation:
+    """The outline, from what was generated between the numbers that it was given."""
+    first, *later = stretches
+    if not later:
+        return first
+    # That a stretch takes over what the one before it left is no reuse: it is the same text.
+    trace = [*first.trace, *(replace(step, reused=0) for stretch in later for step in stretch.trace)]
+    prompt_tokens = first.metrics.prompt_tokens + sum(stretch.metrics.prefill_tokens for stretch in later)
+    return replace(
+        later[-1],
+        text=text,
+        tokens=[token for stretch in stretches for token in stretch.tokens],
+        metrics=measure(trace, seconds=seconds, prompt_tokens=prompt_tokens),
+        trace=trace,
+    )
 
 
 def _conversation(prompt: Prompt) -> tuple[list[Message], str]:
