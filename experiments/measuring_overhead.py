@@ -1,6 +1,6 @@
 """What recording costs: a comparison with its records, against the same answers without them.
 
-    python -m experiments.measuring_overhead [--model smollm2-135m] [--questions 8] [--rounds 5]
+    python -m experiments.measuring_overhead [--model smollm2-135m] [--questions 4] [--rounds 5]
 
 Both make the same answers in one process, taking turns. The bare one keeps nothing; the recorded one notes peak
 memory and every token's text, scores the answer, has it on disk before the next one begins, and draws the progress
@@ -38,7 +38,7 @@ LIMIT = 0.02
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """How an answer's time divides into reading the prompt and writing the answer, against the prompt's length.
 
-`python -m experiments.claims.prefill_share [--prompts 32 64 128 256 512 1024] [--rounds 3]`
+`python -m experiments.claims.prefill_share [--prompts 32 128 512 1024] [--rounds 3]`
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from experiments.claims import Finding, arguments, conclude, sample
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, max_new_tokens=128)
     parser.add_argument(
-        "--prompts", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024], help="lengths in tokens"
+        "--prompts", type=int, nargs="+", default=[32, 128, 512, 1024], help="lengths in tokens"
     )
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many (%(default)s)")
     options = parser.parse_args(argv)
