@@ -32,9 +32,10 @@ from transformers import PreTrainedModel
 from decoding.backends.local import LocalBackend
 from decoding.errors import InvalidRequest, RecordError
 from decoding.models import LoadedModel, load_model
-from decoding.strategies.adapter import CARD, WEIGHTS, fingerprint
+from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS, fingerprint
 from drafters.training import distill
 from drafters.training.corpus import Corpus, Document
+from drafters.training.fit import warm_cosine
 from experiments.consistency import ConsistencyLoss, Trajectory, choose, pack
 from experiments.jacobi_validation import Text, Validation, base_perplexity, validate
 from experiments.trajectories import collect
@@ -92,13 +93,6 @@ class Training:
             if not getattr(self, name) > 0:
                 raise InvalidRequest(f"{name} must be positive, not {getattr(self, name)}.")
 
-    def factor(self, step: int, total: int) -> float:
-        """The learning rate of a step, relative to its peak."""
-        rise = max(1, round(self.warmup * total))
-        if step < rise:
-            return (step + 1) / rise
-        return 0.1 + 0.9 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
-
 
 @dataclass
 class Run:
@@ -136,7 +130,9 @@ def train(
     optimizer = torch.optim.AdamW(weights.values(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     steps = math.ceil(len(usable) / options.batch)
     run = Run(total=options.epochs * steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: options.factor(step, run.total))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warm_cosine(step, run.total, warmup=options.warmup, last=0.1)
+    )
     module, optimizer = accelerator.prepare(loss, optimizer)
     accelerator.register_for_checkpointing(scheduler)
     _only_trained_weights(accelerator, weights)
@@ -235,6 +231,9 @@ def _export(
     else:
         save_file({name: t.half() for name, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
         (folder / "README.md").unlink(missing_ok=True)  # a template full of gaps
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = loaded.name  # and not where it lay on this machine
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     card = {"fingerprint": list(mark), "training": asdict(options), "validation": asdict(result)}
     (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 

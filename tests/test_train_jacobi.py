@@ -160,6 +160,7 @@ def test_training_teaches_resumes_and_leaves_an_adapter_that_decodes(
         assert adapted.tokens == decoding.generate(prompt, theirs, params=params).tokens
         assert adapted.metrics.drafted > 0 and not strategy.lossless
     assert json.loads((folder / CARD).read_text())["validation"]["step"] == best.step
+    assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] == loaded().name
     lm.forget()
     assert not next(iter(lm.variants.values())).engine.cache.lengths.any()
 

@@ -20,7 +20,7 @@ from drafters.training.batches import Batch, epoch, load_batch
 from drafters.training.corpus import Corpus
 from drafters.training.distill import Distillation, collect
 from drafters.training.eagle import HeadOptions
-from drafters.training.fit import Schedule
+from drafters.training.fit import Schedule, warm_cosine
 from drafters.training.unroll import Outcome, Unrolled, acceptance_lengths
 from tests.heads import slow_draft
 from tests.tiny import EOS, VOCABULARY, tiny_model, tiny_tokenizer
@@ -222,3 +222,11 @@ def test_a_run_of_another_schedule_is_not_resumed(target: LoadedModel, data: Pat
 def test_parameters_that_are_the_targets_stay_as_they_are(target: LoadedModel, corpora: tuple[Corpus, Corpus]) -> None:
     module: nn.Module = unrolled(random_head(corpora[0], target), target, 2)
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"head"}
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_last() -> None:
+    rates = [warm_cosine(step, 100, warmup=0.1, last=0.05) for step in range(101)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1 and rates[55] == pytest.approx((1 + 0.05) / 2) and rates[100] == pytest.approx(0.05)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert warm_cosine(0, 1, warmup=0.0, last=0.1) == 1, "a run of one step learns at full speed"

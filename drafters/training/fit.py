@@ -54,12 +54,14 @@ class Schedule:
         if not self.learning_rate > 0:
             raise InvalidRequest(f"learning_rate must be positive, not {self.learning_rate}.")
 
-    def factor(self, step: int, total: int) -> float:
-        """The learning rate of a step, relative to its peak."""
-        rise = max(1, round(self.warmup * total))
-        if step < rise:
-            return (step + 1) / rise
-        return 0.05 + 0.95 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
+
+def warm_cosine(step: int, total: int, *, warmup: float, last: float) -> float:
+    """The learning rate of a step, relative to its peak: a line up to it over `warmup` of all steps, and a cosine from
+    there to `last` (Loshchilov and Hutter 2017, "SGDR", without restarts)."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    return last + (1 - last) * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def fit(module: nn.Module, corpus: Corpus, held_out: Corpus, schedule: Schedule,
     optimizer = torch.optim.AdamW(
         trained, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=schedule.weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, run.total))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warm_cosine(step, run.total, warmup=schedule.warmup, last=0.05)
+    )
     # The scheduler is not prepared: it counts steps, however many processes share one.
     module, optimizer = accelerator.prepare(module, optimizer)
     accelerator.register_for_checkpointing(scheduler)
