@@ -25,7 +25,7 @@ class Live:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
-            refresh_per_second=2,  # drawing takes time from the answers
+            refresh_per_second=0.5,  # drawing takes time from the answers; between them it is done at once
         )
         answers = len(comparison.questions) * comparison.schedule.repeats
         self._all = self._progress.add_task("all answers", total=answers * len(comparison.strategies), note="")
@@ -44,13 +44,13 @@ class Live:
             self._progress.update(row, note="warming up")
         elif record is None:
             self._progress.start_task(row)
-            self._progress.update(self._all, note=f"{question.category} · {question.id}")
+            self._progress.update(self._all, note=f"{question.category} · {question.id}", refresh=True)
         else:
             self._tokens[name] += record.metrics.new_tokens
             self._seconds[name] += record.metrics.seconds
             speed = self._tokens[name] / self._seconds[name] if self._seconds[name] else 0.0
             self._progress.update(row, advance=1, note=f"{speed:.1f} tokens/s")
-            self._progress.update(self._all, advance=1)
+            self._progress.update(self._all, advance=1, refresh=True)
 
     def __enter__(self) -> Live:
         self._progress.start()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -57,6 +58,7 @@ DEFAULT = (
     "vllm:ngram",
 )
 _SHORT = 96  # tokens of a prompt at most
+_PATIENCE = 300  # seconds for a peer to start, or to answer
 
 
 @dataclass
@@ -117,6 +119,9 @@ class Peer:
 
     def _line(self) -> dict[str, Any]:
         assert self.process is not None and self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], _PATIENCE)[0]:
+            self.process.kill()
+            return {"error": f"no answer within {_PATIENCE} seconds"}
         line = self.process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"error": "the process ended without a word"}
         return answer
