@@ -13,9 +13,9 @@ from decoding.engine.decoder import Decoder
 from decoding.engine.engine import Engine
 from decoding.engine.sequence import Sequence
 from decoding.types import SamplingParams
+from tests import greedy
 from tests.exactness import greedy_violations
-
-VOCAB = 128
+from tests.greedy import VOCAB
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -26,10 +26,8 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def run(engine: Engine, work: List[tuple[list[int], Decoder]], params: SamplingParams) -> list[Sequence]:
-    """Decode everything together."""
-    sequences = [engine.submit(prompt, params, decoder) for prompt, decoder in work]
-    while engine.busy:
-        engine.step()
+    """Decode everything together, without a failure."""
+    sequences = greedy.run(engine, work, params)
     assert [s.error for s in sequences] == [None] * len(sequences)
     return sequences
 

@@ -31,7 +31,7 @@ from decoding.strategies.speculative import SpeculativeDecoder
 from decoding.types import SamplingParams
 from drafters import PromptLookup, Suffix, TokenRecycling
 from drafters.token_recycling import most_likely
-from tests.test_engine import greedy_reference, prompts, run
+from tests.greedy import greedy_reference, prompts, run
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 LEARNERS = (Suffix, TokenRecycling)

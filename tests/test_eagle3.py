@@ -31,9 +31,9 @@ from drafters.heads import fitting
 from drafters.heads.checkpoint import read_head, write_head
 from drafters.heads.eagle import Eagle3Head, Rotation
 from drafters.heads.joined import JoinedLayer
+from tests.greedy import greedy_reference, run
 from tests.heads import SMALL, random_head, slow_draft
 from tests.test_drafters import KeepsTheFirstGuess, accepted, chi_square
-from tests.test_engine import greedy_reference, run
 from tests.tiny import tiny_model, tiny_tokenizer
 
 CHAIN, TREE = "chain", "tree"

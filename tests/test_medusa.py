@@ -21,9 +21,9 @@ from drafters.training.corpus import Corpus
 from drafters.training.distill import Distillation, collect
 from drafters.training.fit import Schedule
 from drafters.training.medusa import MedusaLoss, MedusaOptions
+from tests.greedy import greedy_reference, run
 from tests.test_drafters import accepted
 from tests.test_eagle3 import small_backend, small_prompts
-from tests.test_engine import greedy_reference, run
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 

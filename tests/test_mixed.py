@@ -27,8 +27,8 @@ from decoding.types import SamplingParams
 from drafters import CrossVocabulary, LayerSkip, Mixed, Quantised
 from drafters.cross_vocabulary import Translation
 from drafters.mixed import _Tree
+from tests.greedy import greedy_reference, prompts, run
 from tests.test_drafters import KeepsTheFirstGuess, accepted, chi_square, outcomes, text
-from tests.test_engine import greedy_reference, prompts, run
 from tests.test_width import Table
 from tests.tiny import EOS, VOCABULARY, byte_alphabet, tiny_model, tiny_tokenizer
 

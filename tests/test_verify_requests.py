@@ -22,8 +22,8 @@ from decoding.errors import InvalidRequest, UnknownName
 from decoding.strategies.autoregressive import AutoregressiveDecoder
 from decoding.strategies.speculative import Speculative, SpeculativeDecoder
 from decoding.types import SamplingParams
+from tests.greedy import prompts, run
 from tests.test_drafters import chi_square, outcomes
-from tests.test_engine import prompts, run
 from tests.tiny import EOS, VOCABULARY, tiny_model, tiny_tokenizer
 
 VOCAB = 4

@@ -26,8 +26,8 @@ from decoding.strategies.speculative import Speculative, SpeculativeDecoder
 from decoding.trace import speculation
 from decoding.types import SamplingParams
 from drafters import DraftModel, Mixed, PromptLookup, Suffix, TokenRecycling
+from tests.greedy import greedy_reference, prompts, run
 from tests.test_drafters import KeepsTheFirstGuess, accepted, chi_square, outcomes
-from tests.test_engine import greedy_reference, prompts, run
 from tests.test_verify import Chain
 from tests.test_verify import run as over_all_drafts
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -1,0 +1,56 @@
+"""A smaller model that drafts: with its guesses the target still says what it would say alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from decoding.backends.local import LocalBackend
+from decoding.errors import ModelError
+from decoding.strategies.speculative import SpeculativeDecoder
+from decoding.types import SamplingParams
+from drafters import DraftModel
+from tests.greedy import greedy_reference, prompts, run
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def test_draft_model_equals_plain_decoding_and_is_accepted_sometimes() -> None:
+    model = tiny_model("llama", vocab_size=300)
+    draft = tiny_model("llama", vocab_size=300)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    backend = LocalBackend(model, tiny_tokenizer(), slots=4, capacity=96)
+    drafter = DraftModel(draft)
+    drafter.attach(backend)
+    inputs = prompts(6, seed=5)
+    decoder = SpeculativeDecoder(drafter, 4)
+    results = run(backend.engine, [(p, decoder) for p in inputs], SamplingParams(max_new_tokens=32, ignore_eos=True))
+    assert [s.new_tokens for s in results] == [greedy_reference(model, p, 32) for p in inputs]
+    assert 0 < sum(t.accepted for s in results for t in s.trace) < sum(t.drafted for s in results for t in s.trace)
+
+
+def test_a_sampling_draft_model_that_is_the_target_is_always_accepted() -> None:
+    """Drafting and verifying have to use one q, with the same temperature and filters, for any seed."""
+    model = tiny_model("llama")
+
+    def wasted(draft: PreTrainedModel) -> int:
+        backend = LocalBackend(model, tiny_tokenizer(), slots=4, capacity=96)
+        drafter = DraftModel(draft)
+        drafter.attach(backend)
+        params = SamplingParams(max_new_tokens=24, temperature=0.9, top_p=0.95, seed=2**63 + 5, ignore_eos=True)
+        results = run(backend.engine, [(p, SpeculativeDecoder(drafter, 3)) for p in prompts(4)], params)
+        assert [s.error for s in results] == [None] * 4
+        return sum(t.drafted - t.accepted for s in results for t in s.trace)
+
+    assert wasted(model) == 0
+    assert wasted(tiny_model("llama", seed=3)) > 0, "a draft model of other weights must be refused sometimes"
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused() -> None:
+    backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=2, capacity=64)
+    with pytest.raises(ModelError, match="same tokenizer"):
+        DraftModel(tiny_model("llama", vocab_size=200, bos_token_id=None, eos_token_id=None, pad_token_id=None)).attach(
+            backend
+        )
