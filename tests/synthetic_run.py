@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from decoding.report.environment import Environment
-from decoding.report.records import AnswerRecord, PartRecord, RunHeader
+from decoding.report.header import RunHeader
+from decoding.report.records import AnswerRecord, PartRecord
 from decoding.report.runfile import Run
 from decoding.trace import Step, measure
 

@@ -14,7 +14,7 @@ from decoding.cli import main
 from decoding.errors import CapabilityError, RecordError
 from decoding.report.film import print_film, shoot, write_film
 from decoding.report.fixed_point import branches, fixed_point, stationary_places
-from decoding.report.records import trace_from_json, trace_to_json
+from decoding.report.traces import trace_from_json, trace_to_json
 from decoding.trace import Frame, Step
 from experiments.nar_quality import MODELS
 from tests.chromium import Chromium, find_chromium

@@ -15,9 +15,11 @@ import pytest
 
 from decoding.errors import RecordError
 from decoding.report.environment import environment
-from decoding.report.records import SCHEMA, AnswerRecord, RunHeader, config_hash, trace_from_json
+from decoding.report.header import SCHEMA, RunHeader, config_hash
+from decoding.report.records import AnswerRecord
 from decoding.report.redaction import MASK, Json, mask, mask_text
 from decoding.report.runfile import FILE, RecordWriter, Run, read_run
+from decoding.report.traces import trace_from_json
 from decoding.trace import Metrics, Step, measure
 from decoding.types import Generation
 from tests.synthetic_run import synthetic_run

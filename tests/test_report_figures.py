@@ -9,9 +9,9 @@ import pytest
 
 from decoding.report import BASELINE, Run, Summary, markdown, summarize
 from decoding.report.environment import Environment
+from decoding.report.header import Resumption
 from decoding.report.measures import acceptance, first_difference, step_costs, time_shares
 from decoding.report.pace import pace, pauses
-from decoding.report.records import Resumption
 from decoding.trace import Metrics
 from tests.made_runs import answer, run_of, step
 from tests.synthetic_run import synthetic_run

@@ -21,8 +21,9 @@ from decoding.report.export import (
     write_parquet,
 )
 from decoding.report.fastchat import write_fastchat
+from decoding.report.header import SCHEMA, RunHeader, config_hash
 from decoding.report.html import write_comparison, write_report
-from decoding.report.records import BASELINE, SCHEMA, AnswerRecord, PartRecord, RunHeader, config_hash
+from decoding.report.records import BASELINE, AnswerRecord, PartRecord
 from decoding.report.redaction import Json
 from decoding.report.runfile import RecordWriter, Run, read_run
 from decoding.report.summary import StrategySummary, Summary, summarize

@@ -1,33 +1,23 @@
-"""What a run leaves behind: one header, then one line per answer (JSONL, schema 2).
+"""What a run says of its answers: one line of JSON for each, which follows the header (`decoding.report.header`).
 
-    {"kind": "header", "schema": 2, "created": ..., "config": {...}, "config_hash": ..., "environment": {...}, ...}
     {"kind": "answer", "question_id": ..., "strategy": ..., "repeat": ..., "text": ..., "trace": {...}, ...}
-    {"kind": "resumed", "at": ..., "answers": ..., "environment": {...}}
 
-Every report is made from these lines alone. Reading ignores fields it does not know, so a field may be added
-under the same schema number; a change of meaning, or a new kind of line, needs a new number. Files are in
-`decoding.report.runfile`.
+Every report is made from these lines and the header alone. Files are in `decoding.report.runfile`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from typing import Any, get_args
 
 from decoding.errors import RecordError
-from decoding.report.environment import Environment
 from decoding.report.fields import get, get_dataclass, get_list
-from decoding.report.redaction import Json, mask, mask_text
+from decoding.report.redaction import Json, mask_text
+from decoding.report.traces import TIME_DIGITS, times_rounded, trace_from_json, trace_to_json
 from decoding.trace import Metrics, Step
 from decoding.types import FinishReason, Generation
-
-SCHEMA = 2
-"""Version of the record format written by this code."""
 
 BASELINE = "autoregressive"
 """Text form of plain decoding, against which every other strategy is compared."""
@@ -38,96 +28,6 @@ Key = tuple[int | str, str, int]
 A turn of a conversation has no key of its own. It cannot be made again without the answers before it, and turns of one
 question are not independent evidence; so the whole conversation is one answer, whose `turns` keep its parts apart.
 """
-
-TIME_DIGITS = 7
-"""Times are stored to 0.1 µs: below what a clock resolves, and a third of the bytes."""
-
-
-def config_hash(config: Json) -> str:
-    """Sixteen hex digits that name a resolved configuration; credentials and the order of fields do not count."""
-    canonical = json.dumps(mask(config), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class RunHeader:
-    """The first line of a run.
-
-    config: the resolved configuration as JSON, credentials masked; config_hash: see `config_hash`.
-    created: UTC, ISO 8601. latency: (tokens, seconds) pairs, the backend's forward time against the tokens in a
-    step, if it was measured.
-    """
-
-    config: Mapping[str, Json]
-    config_hash: str
-    environment: Environment
-    created: str
-    latency: Sequence[tuple[int, float]] = ()
-    schema: int = SCHEMA
-
-    @classmethod
-    def create(
-        cls, config: Mapping[str, Json], environment: Environment, latency: Iterable[tuple[int, float]] = ()
-    ) -> RunHeader:
-        """The header of a run that starts now."""
-        masked = mask(config)
-        assert isinstance(masked, dict)
-        return cls(masked, config_hash(config), environment, _now(), tuple((int(n), float(s)) for n, s in latency))
-
-    def to_json(self) -> dict[str, Json]:
-        return {
-            "kind": "header",
-            "schema": self.schema,
-            "created": self.created,
-            "config": self.config,
-            "config_hash": self.config_hash,
-            "environment": dataclasses.asdict(self.environment),
-            "latency": [[tokens, seconds] for tokens, seconds in self.latency],
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RunHeader:
-        """Raises RecordError for a newer schema or a missing or mistyped field."""
-        schema = get(data, "schema", int)
-        if schema > SCHEMA:
-            raise RecordError(
-                f"the records follow schema {schema}, but this version reads up to {SCHEMA}; "
-                "update parallel-decoding to read them."
-            )
-        return cls(
-            config=get(data, "config", dict),
-            config_hash=get(data, "config_hash", str),
-            environment=get_dataclass(Environment, get(data, "environment", dict)),
-            created=get(data, "created", str),
-            latency=tuple((int(n), float(s)) for n, s in get(data, "latency", list, [])),
-            schema=schema,
-        )
-
-
-@dataclass(frozen=True)
-class Resumption:
-    """A run went on after an interruption: when (UTC, ISO 8601), after how many answers, and where."""
-
-    at: str
-    answers: int
-    environment: Environment
-
-    @classmethod
-    def now(cls, answers: int, environment: Environment) -> Resumption:
-        return cls(_now(), answers, environment)
-
-    def to_json(self) -> dict[str, Json]:
-        environment = dataclasses.asdict(self.environment)
-        return {"kind": "resumed", "at": self.at, "answers": self.answers, "environment": environment}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Resumption:
-        environment = get_dataclass(Environment, get(data, "environment", dict))
-        return cls(get(data, "at", str), get(data, "answers", int), environment)
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -149,7 +49,7 @@ class PartRecord:
         return {
             "text": self.text,
             "tokens": list(self.tokens),
-            "metrics": _times_rounded(dataclasses.asdict(self.metrics)),
+            "metrics": times_rounded(dataclasses.asdict(self.metrics)),
             "finish_reason": self.finish_reason,
             "sequences": list(self.sequences),
             "pieces": list(self.pieces),
@@ -281,7 +181,7 @@ class AnswerRecord:
             "tokens": list(self.tokens),
             "finish_reason": self.finish_reason,
             "error": self.error,
-            "metrics": _times_rounded(dataclasses.asdict(self.metrics)),
+            "metrics": times_rounded(dataclasses.asdict(self.metrics)),
             "trace": trace_to_json(self.trace),
             "parts": {label: part.to_json() for label, part in self.parts.items()},
             "pieces": list(self.pieces),
@@ -322,45 +222,8 @@ class AnswerRecord:
         )
 
 
-_STEP_FIELDS = [field for field in dataclasses.fields(Step) if field.name != "frame"]
-
-
-def trace_to_json(trace: Sequence[Step]) -> dict[str, Json]:
-    """A trace by columns, each under the name of its `Step` field; columns that hold only the default are left out."""
-    columns: dict[str, Json] = {}
-    for column in _STEP_FIELDS:
-        values = [getattr(step, column.name) for step in trace]
-        if any(value != column.default for value in values):
-            columns[column.name] = [
-                int(v) if isinstance(v, bool) else round(v, TIME_DIGITS) if isinstance(v, float) else v for v in values
-            ]
-    return columns
-
-
-def trace_from_json(columns: Mapping[str, Any]) -> tuple[Step, ...]:
-    """The steps of `trace_to_json`'s columns. Raises RecordError if they are not columns of one table."""
-    known = {column.name: columns[column.name] for column in _STEP_FIELDS if column.name in columns}
-    if not known:
-        return ()
-    lengths = {len(values) if isinstance(values, list) else -1 for values in known.values()}
-    if len(lengths) != 1 or -1 in lengths:
-        raise RecordError("field 'trace' must hold lists of one length.")
-    if "prefill" in known:
-        known["prefill"] = [bool(value) for value in known["prefill"]]
-    names = tuple(known)
-    try:
-        return tuple(Step(**dict(zip(names, row, strict=True))) for row in zip(*known.values(), strict=True))
-    except TypeError:
-        missing = [c.name for c in _STEP_FIELDS if c.name not in known and c.default is dataclasses.MISSING]
-        raise RecordError(f"field 'trace' lacks the columns {', '.join(missing)}.") from None
-
-
 def _finish_reason(data: Mapping[str, Any]) -> FinishReason:
     value: FinishReason = get(data, "finish_reason", str)
     if value not in get_args(FinishReason):
         raise RecordError(f"field 'finish_reason' must be one of {', '.join(get_args(FinishReason))}, not {value!r}.")
     return value
-
-
-def _times_rounded(values: dict[str, Json]) -> dict[str, Json]:
-    return {name: round(value, TIME_DIGITS) if isinstance(value, float) else value for name, value in values.items()}

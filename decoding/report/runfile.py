@@ -17,8 +17,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from decoding.errors import RecordError
+from decoding.report.header import SCHEMA, Resumption, RunHeader
 from decoding.report.judgments import Judgment, read_judgments
-from decoding.report.records import BASELINE, SCHEMA, AnswerRecord, Key, Resumption, RunHeader
+from decoding.report.records import BASELINE, AnswerRecord, Key
 
 if TYPE_CHECKING:
     import pandas
