@@ -34,6 +34,7 @@ def load(
     slots: int = 32,
     capacity: int | None = None,
     weights: str = "float32",
+    compile: bool = False,
 ) -> LocalBackend:
     """Load a model: an alias, a local folder, a .gguf file or a hub id.
 
@@ -42,7 +43,10 @@ def load(
     more wait in a queue. capacity: tokens per sequence, by default the context up to 2,048. weights: "float32" (as
     they are), or those of linear layers rounded: "int8" to 8-bit integers, which a CPU reads four times as fast, or
     "int4" to four bits with a scale and a minimum for every 32 columns, which Q4_1 files hold anyway, at half the
-    memory. Lossless strategies then equal plain decoding with these weights.
+    memory. Lossless strategies then equal plain decoding with these weights. compile: have the model's
+    layers compiled where steps run them one by one: on a GPU, and on a CPU for models without a fused step. The first
+    time this takes up to a minute and a half; the code is kept for the next process. Where it is not possible or would
+    take longer, a warning says so and the layers run as they are.
 
     Raises ModelError, UnknownName for an alias that is nearly right, InvalidRequest for sizes out of range.
     """
@@ -64,6 +68,7 @@ def load(
         capacity=capacity,
         masking=loaded.masking,
         weights=weights,
+        compile=compile,
     )
 
 

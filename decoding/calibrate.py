@@ -30,7 +30,8 @@ class Calibration:
     """A latency model and the floors under it.
 
     bandwidth: bytes per second that can be read. peak: multiply-adds per second. weights: bytes that every step reads.
-    work: multiply-adds per token. took: seconds of the measurement.
+    work: multiply-adds per token. took: seconds of the measurement. kernels: what computed the steps. compiled: seconds
+    that compiling layers took when the model was loaded, 0 if none are.
     """
 
     latency: LatencyModel
@@ -39,6 +40,8 @@ class Calibration:
     weights: int
     work: int
     took: float
+    kernels: str
+    compiled: float
 
     @property
     def reading(self) -> float:
@@ -71,7 +74,9 @@ class Calibration:
 
     def _caption(self) -> str:
         model = self.latency
+        compiled = f" (compiled in {self.compiled:.1f} s)" if self.compiled else ""
         return (
+            f"Computed by {self.kernels}{compiled}. "
             f"{self.bandwidth / 1e9:.1f} GB/s read, {self.peak / 1e9:.0f}·10⁹ multiply-adds/s; "
             f"a step reads {self.weights / 1e6:.0f} MB of weights. Another sequence adds "
             f"{model.per_sequence * 1e6:.1f} µs, a key that is attended to {model.per_read * 1e6:.2f} µs. "
@@ -126,6 +131,8 @@ def calibrate(backend: LocalBackend) -> Calibration:
         weights=round(sum(m.weight.numel() * sizes[kind] for m, kind in kinds)),
         work=entries,
         took=took,
+        kernels=runner.kernels,
+        compiled=runner.compile_seconds,
     )
 
 

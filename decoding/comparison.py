@@ -213,7 +213,13 @@ class _Clock:
 
 def _environment(backend: Backend) -> Environment:
     if isinstance(backend, LocalBackend):
-        return environment(device=str(backend.device), dtype=str(backend.model.dtype).removeprefix("torch."))
+        runner = backend.engine.runner
+        return environment(
+            device=str(backend.device),
+            dtype=str(backend.model.dtype).removeprefix("torch."),
+            kernels=runner.kernels,
+            compile_seconds=runner.compile_seconds,
+        )
     return environment(device=backend.name)
 
 

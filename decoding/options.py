@@ -73,6 +73,7 @@ class LoadOptions:
     device: str | None = _local(None, "cpu, cuda, cuda:1, mps (a GPU if there is one)")
     dtype: str | None = _local(None, "float32, bfloat16, float16 (float32 on a CPU)")
     weights: str = _local("float32", "float32, or int8 or int4, which a CPU reads faster")
+    compile: bool = _local(False, "compile the layers of models that have no fused step")
     device_map: str | None = _local(None, "spread the model over devices, e.g. auto")
     trust_remote_code: bool = _local(False, "run code that a model ships")
     slots: int = _local(32, "sequences held in the cache at once")

@@ -38,7 +38,7 @@ class LocalBackend(Backend):
 
     model, tokenizer: the Hugging Face objects; using them directly does not disturb the engine.
     masking: how a masked checkpoint fills in; None for causal ones. engine: the token-level engine.
-    eos: ids that end an answer. slots, capacity, weights, step_tokens: see `Runner` and `Engine`.
+    eos: ids that end an answer. slots, capacity, weights, compile, step_tokens: see `Runner` and `Engine`.
     variants: backends of the same model with other weights, by name, for strategies that need them; variant: the name
     that this one has among those of another, or "".
     """
@@ -57,6 +57,7 @@ class LocalBackend(Backend):
         step_tokens: int | None = None,
         masking: Masking | None = None,
         weights: str = "float32",
+        compile: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -66,7 +67,7 @@ class LocalBackend(Backend):
             from decoding.engine.encoder_decoder import EncoderDecoderRunner
 
             kind = EncoderDecoderRunner
-        self.engine = Engine(kind(model, slots, capacity, weights), step_tokens)
+        self.engine = Engine(kind(model, slots, capacity, weights, compile), step_tokens)
         self.eos = frozenset(eos)
         self.masking = masking
         if masking is not None:  # it fills masks in: what continues a text token by token has no use for it

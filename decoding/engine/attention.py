@@ -193,12 +193,39 @@ def packed_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls: shapes as in its attention interface, one row of packed tokens."""
+    if torch.compiler.is_compiling():
+        return _attend(query, key, value, scaling, sliding_window, softcap, s_aux), None
     step: AttentionStep | ShapeProbe = _active.step
     layer: int = module.layer_idx  # type: ignore[assignment]
     return step.attend(layer, query, key, value, scaling, sliding_window, softcap, s_aux), None
 
 
 AttentionInterface.register(NAME, packed_attention)
+
+
+@torch.library.custom_op("parallel_decoding::attend", mutates_args=())
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """`AttentionStep.attend` as one operation of compiled code, which the step's cache and masks are no part of."""
+    step: AttentionStep = _active.step
+    return step.attend(_active.layer, query, key, value, scale, window, softcap, sinks).contiguous()
+
+
+@_attend.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def enter_layer(index: int) -> None:
+    """Say which layer compiled code is about to compute; being the same for many, it cannot know."""
+    _active.layer = index
 
 
 @contextmanager

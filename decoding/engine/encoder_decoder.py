@@ -7,6 +7,7 @@ kept while the prompt stays the same, so that further passes cost the decoder al
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,8 @@ from decoding.engine.precision import round_weights
 from decoding.engine.runner import Runner, _context_length, _vocabulary, embeddings
 from decoding.errors import ModelError
 
+logger = logging.getLogger(__name__)
+
 
 class EncoderDecoderRunner(Runner):
     """Runs encoder-decoder models whose decoder takes an attention mask of [batch, 1, tokens, tokens] (BART, Marian,
@@ -31,7 +34,12 @@ class EncoderDecoderRunner(Runner):
     """
 
     def __init__(
-        self, model: PreTrainedModel, slots: int = 32, capacity: int | None = None, weights: str = "float32"
+        self,
+        model: PreTrainedModel,
+        slots: int = 32,
+        capacity: int | None = None,
+        weights: str = "float32",
+        compile: bool = False,
     ) -> None:
         self.model = model.eval()
         self.config = model.config
@@ -55,6 +63,8 @@ class EncoderDecoderRunner(Runner):
         self.cache = KVCache([], slots, min(capacity or 2048, self.context))
         self._sources: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}  # by slot: tokens, encoder's output
         self._check()
+        if compile:
+            logger.warning("the layers run uncompiled: those of encoder-decoder models cannot be compiled.")
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], *, layers: int | None = None, weights: str | None = None) -> torch.Tensor:

@@ -11,15 +11,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""[tokens, in] and [out, in] to [tokens, out]."""
+Kernel = Callable[..., torch.Tensor]
+"""As `F.linear`: [..., tokens, in], [out, in] and perhaps a bias [out] to [..., tokens, out]."""
 
-_TOKENS = (2, 4, 8, 16, 32, 64)
+TOKENS = (2, 4, 8, 16, 32, 64)
 """Numbers of tokens that are timed; a step uses the choice for the next higher one. A wider step uses `F.linear`, and
 so does a single token, where there is nothing to choose: both are a matrix-vector product."""
 
@@ -27,9 +28,12 @@ _TRIALS = 4
 _ROWS = 4096  # of a larger weight, as many are timed
 
 
-def flipped(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def flipped(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`weight @ xᵀ`: the long side is the one that is split over threads and blocks."""
-    return torch.mm(weight, x.t()).t()
+    out = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t()
+    if bias is not None:
+        out = out + bias
+    return out.view(*x.shape[:-1], -1)
 
 
 KERNELS: Mapping[str, Kernel] = {"linear": F.linear, "flipped": flipped}
@@ -40,7 +44,7 @@ KERNELS: Mapping[str, Kernel] = {"linear": F.linear, "flipped": flipped}
 class FastLinears:
     """Computes a model's linear layers by the fastest kernels during a step; outside of one the model is as it was.
 
-    choices: weight shape → the kernel's name for each of `_TOKENS`. Layers of any other class than `nn.Linear`, in
+    choices: weight shape → the kernel's name for each of `TOKENS`. Layers of any other class than `nn.Linear`, in
     another precision than float32, or on an accelerator keep their own forward.
     """
 
@@ -54,7 +58,8 @@ class FastLinears:
         for layer in layers:
             weights.setdefault(tuple(layer.weight.shape), []).append(layer.weight.detach())
         self.choices = {shape: fastest_kernels(members) for shape, members in weights.items()}
-        self._forwards = [(layer, _Forward(layer, self.choices[tuple(layer.weight.shape)])) for layer in layers]
+        classes = [(layer, _by_tokens(tuple(self.choices[tuple(layer.weight.shape)]))) for layer in layers]
+        self._classes = [(layer, kind) for layer, kind in classes if kind is not nn.Linear]
 
     @contextmanager
     def active(self, tokens: int) -> Iterator[None]:
@@ -62,38 +67,46 @@ class FastLinears:
         if tokens == 1:
             yield
             return
-        for layer, forward in self._forwards:
-            layer.__dict__["forward"] = forward
+        for layer, kind in self._classes:
+            layer.__class__ = kind
         try:
             yield
         finally:
-            for layer, _ in self._forwards:
-                del layer.__dict__["forward"]
+            for layer, _ in self._classes:
+                layer.__class__ = nn.Linear
 
 
-class _Forward:
-    """The `forward` of one linear layer during a step."""
+@cache
+def _by_tokens(names: tuple[str, ...]) -> type[nn.Linear]:
+    """The class of linear layers that use the kernels of these names for up to each of `TOKENS`.
 
-    def __init__(self, layer: nn.Linear, names: Sequence[str]) -> None:
-        self._weight = layer.weight.detach()
-        self._bias = None if layer.bias is None else layer.bias.detach()
-        # by the bit length of tokens - 1, which is the index of the next power of two
-        self._kernels = [F.linear, *(KERNELS[name] for name in names)]
+    A class, and not a function put into each layer: compiled code is shared between layers whose parts are of the same
+    classes. It is told by ranges of tokens, so that it is compiled once for each of them.
+    """
+    ranges: list[tuple[int, Kernel]] = []  # (most tokens, kernel), neighbours being different ones
+    for most, name in zip((1, *TOKENS), ("linear", *names), strict=True):
+        if ranges and ranges[-1][1] is KERNELS[name]:
+            del ranges[-1]
+        ranges.append((most, KERNELS[name]))
+    if ranges[-1][1] is F.linear:  # as beyond them
+        del ranges[-1]
+    if not ranges:
+        return nn.Linear
 
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        tokens = input.numel() // input.shape[-1]
-        size = max(tokens - 1, 0).bit_length()
-        if size >= len(self._kernels) or self._kernels[size] is F.linear:
-            return F.linear(input, self._weight, self._bias)
-        out = self._kernels[size](input.reshape(tokens, -1), self._weight)
-        if self._bias is not None:
-            out = out + self._bias
-        return out.view(*input.shape[:-1], -1)
+    class ByTokens(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            tokens = input.numel() // input.shape[-1]
+            for most, kernel in ranges:
+                if tokens <= most:
+                    return kernel(input, self.weight, self.bias)
+            return F.linear(input, self.weight, self.bias)
+
+    return ByTokens
 
 
 @torch.inference_mode()
 def fastest_kernels(weights: Sequence[torch.Tensor]) -> list[str]:
-    """Names of the fastest kernel for each of `_TOKENS`, by the best of a few times over weights of one shape.
+    """Names of the fastest kernel for each of `TOKENS`, by the best of a few times over weights of one shape.
 
     Different weights are used in turn, so that they come from memory as they do in a step.
     """
@@ -101,7 +114,7 @@ def fastest_kernels(weights: Sequence[torch.Tensor]) -> list[str]:
     samples = [sample for sample in samples if len(sample) == len(samples[0])]
     place = 0
     names = []
-    for tokens in _TOKENS:
+    for tokens in TOKENS:
         x = torch.ones(tokens, samples[0].shape[1])
         best = dict.fromkeys(KERNELS, float("inf"))
         for _ in range(_TRIALS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from decoding.engine.attention import ShapeProbe, attending
 from decoding.engine.block import Block
 from decoding.engine.cache import KVCache
+from decoding.engine.compiled import CompiledLayers
 from decoding.engine.fused import FusedModel, fuse
 from decoding.engine.kernels import FastLinears
 from decoding.engine.packing import Row, flatten, pack
@@ -31,15 +32,23 @@ class Runner:
 
     model: the transformers model, left as it is; slots: sequences held at once; capacity: tokens per
     sequence, by default the model's context up to 2,048. weights: "float32", or "int8" or "int4" to round those of
-    linear layers to 8 or 4 bits (the model's own too, which so stays what a step can be compared with).
+    linear layers to 8 or 4 bits (the model's own too, which so stays what a step can be compared with). compile: run
+    the model's layers compiled, see `decoding.engine.compiled`; if that is not possible, a warning says why.
 
     On construction the model is tried on a few tokens, packed and unpacked. One that keeps state
     outside its attention layers (and so cannot roll back), or gives other logits when packed, is
     refused with a `ModelError`.
     """
 
+    compiled: CompiledLayers | None = None
+
     def __init__(
-        self, model: PreTrainedModel, slots: int = 32, capacity: int | None = None, weights: str = "float32"
+        self,
+        model: PreTrainedModel,
+        slots: int = 32,
+        capacity: int | None = None,
+        weights: str = "float32",
+        compile: bool = False,
     ) -> None:
         self.model = model.eval()
         self.config = model.config.get_text_config()
@@ -74,11 +83,37 @@ class Runner:
             )
         self._linears = FastLinears(model) if self.fused is None else None
         self._check()
+        if compile:
+            self._compile()
 
     @property
     def kernels(self) -> str:
         """What computes the steps."""
-        return "layers" if self.fused is None else f"fused {self.fused.weights}"
+        if self.fused is not None:
+            return f"fused {self.fused.weights}"
+        return "layers" if self.compiled is None else "compiled layers"
+
+    @property
+    def compile_seconds(self) -> float:
+        """How long compiling layers took, 0 if none are."""
+        return 0.0 if self.compiled is None else self.compiled.seconds
+
+    def _compile(self) -> None:
+        """Have the layers compiled; or say in one warning why they are not, and go on without."""
+        if self.fused is not None:
+            logger.warning("there is nothing left to compile: steps of this model run in one compiled call already.")
+            return
+        try:
+            self.compiled = CompiledLayers(list(self._stack.layers))
+            self.compiled.warm_up(
+                lambda tokens: self.forward([Row(0, self._sample_tokens(tokens).tolist(), Block())]),
+                self.cache.capacity,
+                _rounding(self.model.dtype),
+            )
+        except Exception as error:  # of many kinds: compilers, drivers, models that were never written for it
+            self.compiled = None
+            cause = " ".join(str(error).split()) or type(error).__name__
+            logger.warning("the layers run uncompiled, since they could not be compiled: %.300s", cause)
 
     def hold(self, weights: str) -> None:
         """Have the model's weights in fewer bits as well, for `forward(weights=…)` on the same cache.
@@ -123,6 +158,7 @@ class Runner:
             with (
                 attending(self._configs, step.attention),
                 self._linears.active(count),
+                nullcontext() if self.compiled is None else self.compiled.active(),
                 self._first(layers),
                 self._capturing() as outputs,
             ):
@@ -233,7 +269,7 @@ class Runner:
                 plain = (
                     self.model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False).logits[0].float()
                 )
-                loose = 1e-3 if self.model.dtype == torch.float32 else 0.1
+                loose = _rounding(self.model.dtype)
                 if self.fused is not None and self.fused.weights != "float32":
                     loose = 0.03  # inputs are rounded as well
                 gap = (ours - plain).abs().max() / plain.abs().max().clamp(min=1e-6)
@@ -304,6 +340,11 @@ def _attention_configs(model: PreTrainedModel) -> list[Any]:
         if hasattr(config, "_attn_implementation"):
             found[id(config)] = config
     return list(found.values())
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far apart logits may be, relative to the largest, that were computed in another order."""
+    return 1e-3 if dtype == torch.float32 else 0.1
 
 
 def _free_memory(device: torch.device) -> int:

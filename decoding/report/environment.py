@@ -23,6 +23,8 @@ class Environment:
     cores: logical processors this process may use; threads: those the tensor library uses.
     memory: bytes of main memory, 0 if unknown.
     device, dtype: where the model ran and in which number format; accelerator: its name, "" on a CPU.
+    kernels: what computed the steps, see `Runner.kernels`; "" where the engine did not.
+    compile_seconds: what compiling layers took when the model was loaded, 0 if none are.
     versions: distribution name → version, for those installed.
     git_commit: commit of the source, "" outside a checkout; git_dirty: whether tracked files differed from it.
     load: processes that wanted to run, averaged over the minute before the start; 0 if unknown.
@@ -37,13 +39,22 @@ class Environment:
     device: str = ""
     dtype: str = ""
     accelerator: str = ""
+    kernels: str = ""
+    compile_seconds: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
     git_commit: str = ""
     git_dirty: bool = False
     load: float = 0.0
 
 
-def environment(*, device: str = "cpu", dtype: str = "", packages: Iterable[str] = PACKAGES) -> Environment:
+def environment(
+    *,
+    device: str = "cpu",
+    dtype: str = "",
+    kernels: str = "",
+    compile_seconds: float = 0.0,
+    packages: Iterable[str] = PACKAGES,
+) -> Environment:
     """Describe this process's environment. Never fails: what cannot be found out stays empty."""
     commit, dirty = _git_state(Path(__file__))
     return Environment(
@@ -56,6 +67,8 @@ def environment(*, device: str = "cpu", dtype: str = "", packages: Iterable[str]
         device=device,
         dtype=dtype,
         accelerator=_accelerator(device),
+        kernels=kernels,
+        compile_seconds=round(compile_seconds, 2),
         versions=_versions(packages),
         git_commit=commit,
         git_dirty=dirty,

@@ -51,9 +51,12 @@ def _broken_promises(rows: Sequence[StrategySummary]) -> Iterator[str]:
 
 
 def _moved(run: Run) -> Iterator[str]:
-    """Resumed elsewhere: with other code, packages or hardware. The load at the moment is no change."""
-    first = replace(run.header.environment, load=0.0)
-    others = [replace(session.environment, load=0.0) for session in run.resumed]
+    """Resumed elsewhere: with other code, packages or hardware. The load at the moment is no change, nor is it one that
+    compiled code was there already."""
+    first, *others = (
+        replace(there, load=0.0, compile_seconds=0.0)
+        for there in (run.header.environment, *(session.environment for session in run.resumed))
+    )
     changed = [f.name for f in fields(first) if any(getattr(o, f.name) != getattr(first, f.name) for o in others)]
     if changed:
         yield (

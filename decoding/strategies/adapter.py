@@ -73,6 +73,7 @@ def adapted(backend: LocalBackend, name: str) -> LocalBackend:
             capacity=backend.engine.cache.capacity,
             step_tokens=backend.engine.step_tokens,
             weights="float32" if fused is None else fused.weights,
+            compile=backend.engine.runner.compiled is not None,
         )
         variant.variant = name
         backend.variants[name] = variant
