@@ -173,5 +173,5 @@ def test_what_was_compiled_is_read_from_disk_the_next_time(both: tuple[LocalBack
     counters.clear()
     again = backend(both[0].model, compile=True)
     assert again.engine.runner.kernels == "compiled layers"
-    found = counters["aot_autograd"]
-    assert found["autograd_cache_hit"] == 2 and not found["autograd_cache_miss"]
+    found = counters["inductor"]  # one token, and more
+    assert found["fxgraph_cache_hit"] == 2 and not found["fxgraph_cache_miss"]
