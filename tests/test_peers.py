@@ -10,6 +10,7 @@ from experiments.peers import __main__ as peers
 
 STUB = """
 import sys
+import time
 sys.path.insert(0, {folder!r})
 from worker import serve
 
@@ -18,6 +19,8 @@ def load(folder, gguf, mode):
         raise OSError("no such model")
     print("a library says something")
     def generate(texts, ids, tokens):
+        if mode == "silent":
+            time.sleep(60)
         if len(ids) > 2:
             raise ValueError("too many at once")
         return [tokens - (mode == "short")] * len(ids)
@@ -57,6 +60,18 @@ def test_a_peer_answers_and_what_it_cannot_do_is_noted(stub: Path) -> None:
 def test_a_peer_that_makes_fewer_tokens_is_not_timed(stub: Path) -> None:
     peer = asked("short", stub)
     assert not peer.rates and "instead of 5" in peer.notes[1]
+
+
+def test_a_peer_that_is_silent_is_given_up(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = peers.Peer("stub:silent")
+    try:
+        peer.start(stub, "model", "file.gguf")
+        monkeypatch.setattr(peers, "_PATIENCE", 0.2)
+        peer.ask(["text"], [[1, 2]], 5, record=True)
+        assert peer.notes == {1: "no answer within 0.2 seconds"} and not peer.rates
+        assert peer.process is not None and peer.process.wait(5)
+    finally:
+        peer.stop()
 
 
 def test_a_peer_that_cannot_load_is_absent_with_the_reason(stub: Path) -> None:

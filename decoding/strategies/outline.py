@@ -54,7 +54,7 @@ def steered(text: str) -> str | None:
     start = body.rfind("\n") + 1
     marker = read_marker(body[start:])
     at = body.rfind(marker.rest, start) if marker and marker.rest else -1
-    if marker is None or at < 0 or str(marker.number) not in body[start:at]:
+    if marker is None or marker.number is None or at < 0 or str(marker.number) not in body[start:at]:
         return None  # not a numbered point, or one numbered in letters
     if "\n" not in text[len(body) :]:
         title = overlong(marker.rest)

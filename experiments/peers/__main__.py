@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -183,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.peers if name.partition(":")[0] not in SCRIPTS]:
         parser.error(f"unknown peer {unknown[0]!r}; known: {', '.join(SCRIPTS)}")
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     console = Console()
     loaded = load_model()
     paths = aliases()[0].paths
@@ -204,10 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for peer in peers:
                     peer.ask(texts[batch], ids[batch], 8 if turn < 0 else options.tokens, record=turn >= 0)
             console.print(f"round {turn + 1} of {options.rounds}" if turn >= 0 else "warmed up")
-    finally:
+    finally:  # whoever interrupts this gets what there is
         for peer in peers:
             peer.stop()
-    _report(peers, options.streams, console, options.output)
+        if any(peer.rates for peer in peers):
+            _report(peers, options.streams, console, options.output)
 
 
 def _report(peers: list[Peer], streams: list[int], console: Console, output: Path) -> None:
