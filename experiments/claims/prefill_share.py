@@ -15,9 +15,7 @@ from experiments.claims import Finding, arguments, conclude, sample
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, max_new_tokens=128)
-    parser.add_argument(
-        "--prompts", type=int, nargs="+", default=[32, 128, 512, 1024], help="lengths in tokens"
-    )
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 128, 512, 1024], help="lengths in tokens")
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many (%(default)s)")
     options = parser.parse_args(argv)
     lm = decoding.load(options.model)
