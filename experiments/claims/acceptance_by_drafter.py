@@ -1,6 +1,6 @@
 """Acceptance length by drafter and category of question, as in Spec-Bench.
 
-`python -m experiments.claims.acceptance_by_drafter [--drafters prompt-lookup suffix token-recycling] [--limit 2]`
+`python -m experiments.claims.acceptance_by_drafter [--drafters prompt-lookup suffix token-recycling] [--limit 3]`
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COPIED = ("summarization", "qa")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__, limit=2)
+    parser = arguments(__doc__, limit=3)  # five of either kind make an interval
     parser.add_argument("--drafters", nargs="+", default=["prompt-lookup", "suffix", "token-recycling"])
     parser.add_argument("--draft-length", type=int, default=8, help="guesses in a row (%(default)s)")
     options = parser.parse_args(argv)
