@@ -103,7 +103,7 @@ def __getattr__(name: str) -> Any:
         for module in _MODULES:
             found = importlib.import_module(f"{__name__}.{module}")
             if hasattr(found, name):
-                return getattr(found, name)
+                return globals().setdefault(name, getattr(found, name))
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:

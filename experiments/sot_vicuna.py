@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--sweep", nargs="+", type=int, default=[], metavar="N", help="ask N questions at once, too")
     parser.add_argument("--output", type=Path, help="run directory (runs/sot-DATE-TIME)")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--weights", default="float32", help="float32 or int8 (%(default)s)")
+    parser.add_argument("--weights", default="float32", help="float32, int8 or int4 (%(default)s)")
     parser.add_argument("--slots", type=int, default=64, help="of a local model (%(default)s)")
     parser.add_argument("--base-url", help="an OpenAI-compatible server that has --model")
     parser.add_argument("--api-key-env", metavar="VAR")

@@ -63,7 +63,7 @@ def main() -> None:
         help="drafters, or strategies, in text form (%(default)s)",
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--weights", default="float32", help="float32 or int8 (%(default)s)")
+    parser.add_argument("--weights", default="float32", help="float32, int8 or int4 (%(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16], help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="times every answer is made (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="(%(default)s)")

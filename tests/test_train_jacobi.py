@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 import decoding
 from decoding.engine.engine import Engine
 from decoding.engine.runner import Runner
-from decoding.errors import ModelError, RecordError, UnknownName
+from decoding.errors import InvalidRequest, ModelError, RecordError, UnknownName
 from decoding.models import LoadedModel
 from decoding.strategies import Jacobi
 from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS, load_adapter, merged, shipped_adapters
 from drafters.training.corpus import Document
 from experiments.consistency import Branch, ConsistencyLoss, Packed, Trajectory, choose, pack
 from experiments.jacobi_validation import both
-from experiments.train_jacobi import Training, train
+from experiments.train_jacobi import Training, _with_lora, train
 from experiments.trajectories import collect, follow, repetitive
 from tests.refiners import prompts
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
@@ -106,6 +106,18 @@ def test_trajectories_are_the_iterates_of_greedy_answers(tmp_path: Path) -> None
 def test_what_turns_in_a_circle_is_left_out() -> None:
     assert repetitive([1, 2, 3, 4] * 12) and not repetitive(list(range(60)))
     assert sum(len(b.guesses) for b in choose(TRAJECTORY, 4, Random(0)).branches) in (5, 6)
+
+
+def test_training_can_be_kept_to_the_last_layers() -> None:
+    pytest.importorskip("peft")
+    model = tiny_model(num_hidden_layers=3)
+    for layers, changed in ((0, {0, 1, 2}), (1, {2}), (2, {1, 2}), (9, {0, 1, 2})):
+        adapter = _with_lora(model, Training(layers=layers, rank=2))
+        trained = {name for name, weight in adapter.named_parameters() if weight.requires_grad}
+        assert {int(name.split(".layers.")[1].split(".")[0]) for name in trained} == changed
+        model = adapter.unload()
+    with pytest.raises(InvalidRequest, match="layers"):
+        Training(layers=-1)
 
 
 class Interrupted(Exception):
