@@ -12,7 +12,7 @@ import pytest
 from decoding.report import BASELINE, AnswerRecord, write_report
 from decoding.trace import Metrics
 from tests.chromium import Chromium
-from tests.made_runs import HOSTILE, hostile_run, in_browser
+from tests.made_runs import HOSTILE, answer, hostile_run, in_browser, run_of, step
 from tests.synthetic_run import synthetic_run
 
 
@@ -34,6 +34,28 @@ def test_the_page_loads_without_an_error_and_fits(chromium: Chromium, page: Path
     assert min(drawn.values()) >= 1
     paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 200) == dark
+
+
+@in_browser
+def test_nothing_is_drawn_outside_its_figure(chromium: Chromium, tmp_path: Path) -> None:
+    """Short drafts that mostly fail beside rare long ones that hold: the share confirmed rises with the position."""
+    trace = [step(number, 3, 1) for number in range(30)] + [step(number, 12, 12) for number in range(30, 33)]
+    answers = [
+        replace(
+            answer(name, question, seconds), trace=trace if name != BASELINE else [step(n, 1, 1) for n in range(66)]
+        )
+        for question in range(3)
+        for name, seconds in ((BASELINE, 2.0), ("speculative", 1.0))
+    ]
+    chromium.open(write_report(run_of(*answers), tmp_path / "report.html"))
+    outside = chromium.evaluate(
+        "[...document.querySelectorAll('[data-figure] svg')].flatMap(svg => {"
+        "  const whole = svg.getBoundingClientRect();"
+        "  return [...svg.querySelectorAll('path, circle, rect, polygon')].map(e => e.getBoundingClientRect())"
+        "    .filter(box => box.top < whole.top - 1 || box.bottom > whole.bottom + 1)"
+        "    .map(box => `${svg.closest('[data-figure]').dataset.figure}: ${whole.top - box.top}`) })"
+    )
+    assert outside == []
 
 
 @in_browser

@@ -183,7 +183,7 @@ function positions(place, width, strategies) {
   const deepest = Math.min(16, Math.max(...rows.map((row) => row.positions.length)));
   const height = 250, left = 44, right = width - 12, bottom = height - 42;
   const x = linear(1, Math.max(2, deepest), left + 10, right - 10), share = ([offered, confirmed]) => confirmed / offered;
-  const top = Math.min(1, Math.ceil(4.2 * Math.max(...rows.map((row) => share(row.positions[0])))) / 4), y = linear(0, top, bottom, 24);
+  const top = Math.min(1, Math.ceil(4.2 * Math.max(0.2, ...rows.flatMap((row) => row.positions.slice(0, deepest).map(share)))) / 4), y = linear(0, top, bottom, 24);
   place.replaceChildren(canvas(width, height, "Share of confirmed guesses by position in the block",
     axisBelow(x, Array.from({ length: deepest }, (_, i) => i + 1), bottom, bottom, "position in the block", String),
     axisLeft(y, ticks(0, top, 4), left, right, "confirmed up to here", percent),
