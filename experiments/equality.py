@@ -1,14 +1,16 @@
-"""Every exact refiner against plain decoding, token by token, on a real model in float32.
+"""Everything that claims plain decoding's tokens against plain decoding, token by token, on a real model in float32.
 
-    python -m experiments.refiner_equality [--questions FILE] [--limit 64] [--max-new-tokens 96] [--minutes 30]
+    python -m experiments.equality [--questions FILE] [--limit 64] [--max-new-tokens 96] [--minutes 30]
 
-Each refiner answers every question alone and in ragged batches of eight. A token that differs from plain decoding's is
-excused only where the two tokens' logits, recomputed in float64 for that very prefix, lie within 1e-4 of each other.
+Each refiner, and each drafter with chains and with trees, answers every question alone and in ragged batches of eight;
+drafts have a fixed length, so that there is something to verify in every step. A token that differs from plain
+decoding's is excused only where the two tokens' logits, recomputed in float64 for that very prefix, lie within 1e-4 of
+each other.
 
-The work is cut into parts, one refiner on eight questions, alone or together. Each is written down when it is done, so
+The work is cut into parts, one strategy on eight questions, alone or together. Each is written down when it is done, so
 that the same command goes on where it stopped, by itself after `--minutes` or for another reason. Prints one line per
-refiner and way, with tokens per forward; when no part is left, the result goes to
-`experiments/results/refiner_equality.json`. Exits with 1 if a token differs.
+strategy and way, with tokens per forward; when no part is left, the result goes to `experiments/results/equality.json`.
+Exits with 1 if a token differs.
 """
 
 from __future__ import annotations
@@ -44,13 +46,31 @@ REFINERS = (
     "lookahead(adaptive=false)",
     "lookahead(window=7, ngram=5, guesses=7, adaptive=false)",
 )
+CHAINS = (
+    "speculative",
+    "speculative(drafter=suffix, draft_length=8)",
+    "speculative(drafter=prompt-lookup, draft_length=8)",
+    "speculative(drafter=eagle3, draft_length=4)",
+    "speculative(drafter=quantised, draft_length=6)",
+    "speculative(drafter=quantised(weights=int4), draft_length=6)",
+    "speculative(drafter=layer-skip(layers=20), draft_length=2)",
+    "speculative(drafter=draft-model(model=smollm2-135m), draft_length=4)",
+    "speculative(drafter=cross-vocabulary(model=smollm2-135m, method=text), draft_length=4)",
+)
+TREES = (
+    "speculative(drafter=token-recycling, draft_length=4)",
+    "speculative(drafter=eagle3(nodes=12), draft_length=4)",
+    "speculative(drafter=mixed, draft_length=6)",
+    "speculative(drafter=mixed(drafters=prompt-lookup+eagle3(nodes=8), nodes=12), draft_length=6)",
+    "speculative(drafter=mixed(drafters=suffix+quantised), draft_length=6)",
+)
 BATCH = 8
 TIE = 1e-4
 
 
 @dataclass(frozen=True)
 class Part:
-    """One refiner on one group of questions, answered together or each alone."""
+    """One strategy on one group of questions, answered together or each alone."""
 
     strategy: str
     together: bool
@@ -69,7 +89,7 @@ class Tally:
     def add(self, lm: decoding.LocalBackend, prompt: list[int], plain: list[int], answer: decoding.Generation) -> None:
         """Compare an answer with plain decoding's, up to the first difference: what follows has another prefix."""
         if answer.error is not None:
-            raise SystemExit(f"a refiner failed: {answer.error}")
+            raise SystemExit(f"a strategy failed: {answer.error}")
         place = next((i for i, (a, b) in enumerate(zip(plain, answer.tokens, strict=False)) if a != b), None)
         if place is not None:
             tie = is_tie(lm.model, [*prompt, *plain[:place]], plain[place], answer.tokens[place])
@@ -126,7 +146,7 @@ class Record:
         self._append({"part": asdict(part), "tally": asdict(tally)})
 
     def total(self, strategy: str, together: bool) -> Tally:
-        """Of all finished parts of a refiner."""
+        """Of all finished parts of a strategy."""
         mine = [tally for part, tally in self.tallies.items() if (part.strategy, part.together) == (strategy, together)]
         return sum(mine, Tally())
 
@@ -167,9 +187,9 @@ def main() -> int:
     parser.add_argument("--questions", default="default", help="a question file or a shipped suite")
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--strategies", nargs="+", default=list(REFINERS), metavar="STRATEGY")
+    parser.add_argument("--strategies", nargs="+", default=[*CHAINS, *TREES, *REFINERS], metavar="STRATEGY")
     parser.add_argument("--minutes", type=float, help="stop after the part during which they have passed")
-    parser.add_argument("--output", type=Path, default=Path("runs/refiner-equality"), help="folder of finished parts")
+    parser.add_argument("--output", type=Path, default=Path("runs/equality"), help="folder of finished parts")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the result goes")
     options = parser.parse_args()
     for strategy in map(decoding.resolve, options.strategies):
@@ -183,7 +203,7 @@ def main() -> int:
     groups = [prompts[at : at + BATCH] for at in range(0, len(prompts), BATCH)]
     asked = {key: getattr(options, key) for key in ("model", "questions", "limit", "max_new_tokens")}
     record = Record(options.output / "parts.jsonl", asked)
-    parts = [Part(s, t, g) for s in options.strategies for t in (False, True) for g in range(len(groups))]
+    parts = [Part(s, t, g) for t in (True, False) for s in options.strategies for g in range(len(groups))]
     left = [part for part in parts if part not in record.tallies]
     for part in track(left, f"{len(left)} of {len(parts)} parts"):
         if part.group not in record.plain:
@@ -210,14 +230,14 @@ def report(record: Record, parts: list[Part], lm: decoding.LocalBackend, options
         print(f"{left} of {len(parts)} parts are left; the same command goes on.")
         return int(every.differing > 0)
     finding = Finding(
-        claim="every exact refiner gives plain decoding's tokens, alone and in ragged batches",
+        claim="every drafter and every exact refiner gives plain decoding's tokens, alone and in ragged batches",
         source="a promise of this project",
-        measured=f"{every.differing} of {every.tokens:,} tokens differ, {every.ties} true ties; {len(found)} refiners, "
+        measured=f"{every.differing} of {every.tokens:,} tokens differ, {every.ties} true ties; {len(found)} strategies, "
         f"{options.limit} questions, each alone and in batches of {BATCH}",
         verdict="does not hold" if every.differing else "holds",
         figures={s: {way: asdict(tally) for way, tally in ways.items()} for s, ways in found.items()},
     )
-    conclude("refiner_equality", finding, options, lm, package="experiments")
+    conclude("equality", finding, options, lm, package="experiments")
     return int(every.differing > 0)
 
 

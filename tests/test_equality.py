@@ -1,4 +1,4 @@
-"""The check of every exact refiner on a real model: it finds what differs, and goes on where it was stopped."""
+"""The check of everything exact on a real model: it finds what differs, and goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import decoding
 from decoding.backends.local import LocalBackend
 from decoding.errors import RecordError
-from experiments import refiner_equality
-from experiments.refiner_equality import Part, Record, Tally
+from experiments import equality
+from experiments.equality import Part, Record, Tally
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 
@@ -25,20 +25,20 @@ def lm() -> LocalBackend:
 def call(monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> int:
     arguments = ["--limit", "9", "--max-new-tokens", "6", "--output", str(folder), "--results", str(folder / "results")]
     strategies = ["--strategies", "jacobi(block_size=4)", "lookahead(adaptive=false)"]
-    monkeypatch.setattr(sys, "argv", ["refiner_equality", *arguments, *strategies, *more])
-    return refiner_equality.main()
+    monkeypatch.setattr(sys, "argv", ["equality", *arguments, *strategies, *more])
+    return equality.main()
 
 
 def test_parts_that_are_done_are_not_done_again(
     lm: LocalBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(decoding, "load", lambda *_, **__: lm)
-    result = tmp_path / "results" / "refiner_equality.json"
+    result = tmp_path / "results" / "equality.json"
     assert call(monkeypatch, tmp_path, "--minutes", "0") == 0
     assert "7 of 8 parts are left" in capsys.readouterr().out and not result.exists()
     assert call(monkeypatch, tmp_path) == 0
     lines = (tmp_path / "parts.jsonl").read_text().splitlines()
-    assert len(lines) == 1 + 2 + 8  # what was asked, plain decoding of two groups, two refiners x two ways x two groups
+    assert len(lines) == 1 + 2 + 8  # what was asked, plain decoding of two groups, two strategies x two ways x two groups
     found = json.loads(result.read_text())
     assert found["verdict"] == "holds"
     for ways in found["figures"].values():
