@@ -72,9 +72,10 @@ class Losses:
     jumps: float
 
 
-def choose(trajectory: Trajectory, guesses: int, random: Random) -> Trajectory:
-    """The trajectory with a random choice of its branches, of about so many guesses in all."""
-    order = list(trajectory.branches)
+def choose(trajectory: Trajectory, guesses: int, random: Random, depth: int = 0) -> Trajectory:
+    """The trajectory with a random choice of its branches, of about so many guesses in all. depth: guesses that are
+    kept of each branch (0: all)."""
+    order = [Branch(b.start, b.guesses[: depth or None]) for b in trajectory.branches]
     random.shuffle(order)
     chosen: list[Branch] = []
     for branch in order:

@@ -38,7 +38,7 @@ from drafters.training.corpus import Corpus, Document
 from drafters.training.fit import warm_cosine
 from experiments.consistency import ConsistencyLoss, Trajectory, choose, pack
 from experiments.jacobi_validation import Text, Validation, base_perplexity, validate
-from experiments.trajectories import collect
+from experiments.trajectories import collect, corrupt, repetitive
 
 TRAINED = "trained.safetensors"
 _LONGEST_PROMPT = 384  # tokens; what stands in longer ones costs more to read than the answer teaches
@@ -53,7 +53,9 @@ class Training:
     rank, alpha: of the LoRA adapter; rank 0 trains all weights. layers: the adapter changes so many of the last
     decoder layers (0: all); gradients end below them, so that fewer train faster. epochs, batch (trajectories per
     step), learning_rate (its peak; a cosine leads to a tenth), warmup (share of the steps), clip (gradient norm).
-    guesses: guesses packed behind an answer, in answer lengths. answer_weight: of the autoregressive loss.
+    guesses: guesses packed behind an answer, in answer lengths. depth: guesses that are learnt from of each iterate, the
+    first wrong one and those behind it (0: all); the further ahead, the less there is to learn. corrupted: so many
+    further answers are learnt from with iterates that are made up. answer_weight: of the autoregressive loss.
     evaluate_every, save_every: steps. validation: held-out questions, validation_tokens: tokens of each answer.
     mixed_precision: "no", "bf16" or "fp16".
     """
@@ -70,6 +72,8 @@ class Training:
     warmup: float = 0.05
     clip: float = 1.0
     guesses: float = 2.0
+    depth: int = 0
+    corrupted: int = 0
     answer_weight: float = 1.0
     evaluate_every: int = 100
     save_every: int = 50
@@ -83,6 +87,8 @@ class Training:
             ("block_size", 2),
             ("rank", 0),
             ("layers", 0),
+            ("depth", 0),
+            ("corrupted", 0),
             ("epochs", 1),
             ("batch", 1),
             ("max_new_tokens", 2),
@@ -203,7 +209,7 @@ def train(
 
 def _chosen(trajectory: Trajectory, options: Training, epoch: int, number: int) -> Trajectory:
     answer = len(trajectory.tokens) - trajectory.prompt
-    return choose(trajectory, round(options.guesses * answer), Random(f"{options.seed}/{epoch}/{number}"))
+    return choose(trajectory, round(options.guesses * answer), Random(f"{options.seed}/{epoch}/{number}"), options.depth)
 
 
 def _with_lora(model: PreTrainedModel, options: Training) -> Any:
@@ -309,6 +315,11 @@ def main() -> None:
         schedule=options.schedule,
     )
     del lm
+    random = Random(options.seed)
+    for document in documents(False, options.corrupted):
+        tokens = document.tokens[: document.prompt + options.max_new_tokens].tolist()
+        if not repetitive(tokens[document.prompt :]):
+            trajectories.append(corrupt(tokens, document.prompt, options.depth or options.block_size, random))
     run = train(loaded, trajectories, documents(True, options.validation), options, arguments.output)
     print(f"best: {run.best}\nadapter: {arguments.output / 'adapter'}")
 

@@ -1,4 +1,4 @@
-"""Jacobi trajectories, collected by the engine: the iterates on the way to the model's own greedy answers.
+"""Jacobi trajectories: the iterates on the way to the model's own greedy answers, collected by the engine or made up.
 
 All prompts decode together, block after block, from the guesses that decoding makes, too. One shard of prompts is one
 safetensors file, written whole or not at all, so an interrupted collection goes on where it stopped.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as List
 from pathlib import Path
+from random import Random
 
 import torch
 from rich.progress import track
@@ -74,6 +75,21 @@ def follow(
         kept = [Branch(start + at, list(guesses)) for at, guesses in branches]
         trajectories.append(Trajectory([*sequence.prompt, *answer], start, kept))
     return trajectories
+
+
+def corrupt(tokens: List[int], prompt: int, depth: int, random: Random) -> Trajectory:
+    """An answer with made-up iterates, which take no decoding: at every place of it, `depth` guesses of which the first
+    is wrong, each a token of the text, the one before its place or the one behind it (an iterate that lags or leads by
+    one). tokens: prompt and answer; prompt: tokens of the prompt."""
+    kept = []
+    for start in range(prompt, len(tokens) - 1):
+        guesses: list[int] = []
+        for place in range(start, min(start + depth, len(tokens) - 1)):
+            near = tokens[place + random.choice((-1, 1))]
+            guesses.append(near if random.random() < 0.5 else random.choice(tokens))
+        if guesses[0] != tokens[start]:
+            kept.append(Branch(start, guesses))
+    return Trajectory(list(tokens), prompt, kept)
 
 
 def repetitive(tokens: List[int]) -> bool:

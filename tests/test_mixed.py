@@ -83,14 +83,16 @@ def test_drafts_are_held_against_the_text_even_if_nobody_was_asked_for_a_while()
 
 
 class Dear(Always):
-    """Takes a tenth of a step per level, and keeps what it was asked for."""
+    """Takes a fiftieth of a step per level, and keeps what it was asked for."""
+
+    trust = 0.95
 
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
         self.asked = list(lengths)
         return super().propose(sequences, lengths)
 
     def cost(self, levels: int, sequences: int, context: float) -> float:
-        return 0.1 * levels
+        return 0.02 * levels
 
 
 def test_a_drafter_that_takes_time_is_not_asked_for_what_others_hold_already() -> None:
@@ -99,12 +101,12 @@ def test_a_drafter_that_takes_time_is_not_asked_for_what_others_hold_already() -
             drafts = super().propose(sequences, lengths)
             return [draft if s.tokens[0] == 1 else Draft() for s, draft in zip(sequences, drafts, strict=True)]
 
-    dear = Dear("dear", [7] * 8, 0.9)
-    mixed = Mixed([dear, Sometimes("cheap", [5] * 8, 0.99)])
+    dear = Dear("dear", [7] * 24, 0.9)
+    mixed = Mixed([dear, Sometimes("cheap", [5] * 24, 0.99)])
     mixed.attach(SimpleNamespace(latency=Table(1.0, 0.01)))  # type: ignore[arg-type]
     known, unknown = text([1]), text([2])
     mixed._widths[0]._saved_up = 0.0  # no trial is due
-    mixed.propose([known, unknown], [8, 8])
+    mixed.propose([known, unknown], [24, 24])
     assert dear.asked[0] == 0 < dear.asked[1]
     tree = _Tree()
     tree.graft(Block([1, 2, 3], [-1, -1, 0]), [0.5, 0.3, 0.5], "a")

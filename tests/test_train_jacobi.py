@@ -24,7 +24,7 @@ from drafters.training.corpus import Document
 from experiments.consistency import Branch, ConsistencyLoss, Packed, Trajectory, choose, pack
 from experiments.jacobi_validation import both
 from experiments.train_jacobi import Training, _with_lora, train
-from experiments.trajectories import collect, follow, repetitive
+from experiments.trajectories import collect, corrupt, follow, repetitive
 from tests.refiners import prompts
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
@@ -106,6 +106,20 @@ def test_trajectories_are_the_iterates_of_greedy_answers(tmp_path: Path) -> None
 def test_what_turns_in_a_circle_is_left_out() -> None:
     assert repetitive([1, 2, 3, 4] * 12) and not repetitive(list(range(60)))
     assert sum(len(b.guesses) for b in choose(TRAJECTORY, 4, Random(0)).branches) in (5, 6)
+    assert {len(b.guesses) for b in choose(TRAJECTORY, 99, Random(0), depth=1).branches} == {1}
+
+
+def test_made_up_iterates_are_wrong_first_and_end_with_the_answer() -> None:
+    tokens = [*range(20, 30), *range(30, 60)]
+    made = corrupt(tokens, 10, 3, Random(1))
+    assert (made.tokens, made.prompt) == (tokens, 10)
+    assert [b.start for b in made.branches] == sorted({b.start for b in made.branches}) and len(made.branches) > 20
+    for branch in made.branches:
+        assert 10 <= branch.start < len(tokens) - 1 and branch.guesses[0] != tokens[branch.start]
+        assert len(branch.guesses) == min(3, len(tokens) - 1 - branch.start)
+        assert set(branch.guesses) <= set(tokens)
+    packed = pack([made])
+    assert len(packed.students) == sum(len(b.guesses) for b in made.branches)
 
 
 def test_training_can_be_kept_to_the_last_layers() -> None:

@@ -296,6 +296,8 @@ def test_lengths_share_a_step_by_how_likely_each_is() -> None:
     chosen, gain = lengths([likely, unlikely], Table(1.0, 0.1), Oracle({}, seconds=0.05), 0.0)
     assert chosen[0] > chosen[1] >= 0 and gain > 1
     assert lengths([likely, unlikely], DEAR, Oracle({}, seconds=0.05), 0.0) == ([0, 0], 1.0)
+    # 6 tokens are expected of guesses that cost nothing to make, so a second is worth more than a draft makes of it.
+    assert lengths([likely, unlikely], Table(1.0, 0.1), Oracle({}, seconds=0.15), 0.0, sure=6.0, spent=8)[0] == [0, 0]
 
 
 def noisy(model: Any) -> Any:

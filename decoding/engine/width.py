@@ -90,18 +90,25 @@ def admit(
 
 
 def lengths(
-    survival: List[List[float]], latency: LatencyModel, drafter: DraftCost, context: float
+    survival: List[List[float]],
+    latency: LatencyModel,
+    drafter: DraftCost,
+    context: float,
+    *,
+    sure: float = 0.0,
+    spent: int = 0,
 ) -> tuple[list[int], float]:
     """How far to draft where drafting itself takes time: per sequence the number of levels.
 
-    survival: per sequence and level the chance that the draft holds the text that far. Also returned is the expected
-    number of tokens per second, as a multiple of plain decoding's.
+    survival: per sequence and level the chance that the draft holds the text that far. sure, spent: guesses that are
+    in the step anyway: tokens expected of them, and how many they are. Also returned is the expected number of tokens
+    per second, as a multiple of what it is without this draft.
     """
     count = len(survival)
     flat = sorted((-chance, level, i) for i, chances in enumerate(survival) for level, chance in enumerate(chances))
-    verify = np.asarray(latency.cost(count + np.arange(len(flat) + 1), count, context), dtype=float).tolist()
-    tokens, chosen, best, best_at = float(count), [0] * count, count / verify[0], 0
-    plain = best
+    verify = np.asarray(latency.cost(count + spent + np.arange(len(flat) + 1), count, context), dtype=float).tolist()
+    tokens, chosen, best, best_at = count + sure, [0] * count, (count + sure) / verify[0], 0
+    without = best
     deepest, members = 0, set()
     for at, (chance, level, i) in enumerate(flat, start=1):
         tokens -= chance
@@ -110,10 +117,10 @@ def lengths(
         rate = tokens / (verify[at] + drafter.cost(deepest, len(members), context))
         if rate > best:
             best, best_at = rate, at
-    if best >= _DRAFTING_GAIN * plain:
+    if best >= _DRAFTING_GAIN * without:
         for _, level, i in flat[:best_at]:
             chosen[i] = max(chosen[i], level + 1)
-    return chosen, best / plain
+    return chosen, best / without
 
 
 class Remembered:
@@ -186,12 +193,15 @@ class Width:
         survival = [
             self.calibration.levels(s.id, room, drafter.trust) for s, room in zip(sequences, rooms, strict=True)
         ]
-        for levels, held in zip(survival, covered, strict=False):
-            levels[: len(held)] = [chance * (1 - other) for chance, other in zip(levels, held, strict=False)]
+        # What others hold is worth this draft only where it is not verified anyway.
+        held = [chances[: len(kept)] for chances, kept in zip(covered, admit(covered, self.latency, context))]
+        for levels, others in zip(survival, held, strict=False):
+            levels[: len(others)] = [chance * (1 - other) for chance, other in zip(levels, others, strict=False)]
         for levels in survival:
             while levels and levels[-1] < floor:
                 levels.pop()
-        chosen, _ = lengths(survival, self.latency, self._drafts, context)
+        sure, spent = sum(map(sum, held)), sum(map(len, held))
+        chosen, _ = lengths(survival, self.latency, self._drafts, context, sure=sure, spent=spent)
         resting = [i for i, length in enumerate(chosen) if not length and rooms[i]]
         if resting:
             more = float(self.latency.cost(count + _TRIAL_LENGTH * len(resting), count, context)) - step
