@@ -8,6 +8,7 @@ confidence it stated), and what it says is believed as far as it came true.
 from __future__ import annotations
 
 from collections.abc import Sequence as List
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -63,7 +64,7 @@ class Mixed(Drafter):
         for member in self._members:
             member.attach(backend)
         self._widths = {
-            place: Width(backend.latency, record)
+            place: Width(backend.live, record)
             for place, (member, record) in enumerate(zip(self._members, self._records, strict=True))
             if type(member).cost is not Drafter.cost
         }
@@ -74,11 +75,13 @@ class Mixed(Drafter):
         trees = [_Tree() for _ in sequences]
         # Those that take time come last: what the others hold already need not be guessed again.
         for place in sorted(range(len(self._members)), key=lambda place: place in self._widths):
-            member, record, asked = self._members[place], self._records[place], lengths
-            if place in self._widths:
-                limits = self._widths[place].lengths(member, sequences, [tree.covered() for tree in trees])
+            member, record, width, asked = self._members[place], self._records[place], self._widths.get(place), lengths
+            if width is not None:
+                limits = width.lengths(member, sequences, [tree.covered() for tree in trees])
                 asked = [min(a, b) for a, b in zip(lengths, limits, strict=True)]
-            for sequence, tree, draft in zip(sequences, trees, member.propose(sequences, asked), strict=True):
+            with nullcontext() if width is None else width.drafting():
+                drafts = member.propose(sequences, asked)
+            for sequence, tree, draft in zip(sequences, trees, drafts, strict=True):
                 if draft.block:
                     chances, _ = record.judge(sequence.id, draft, LEAST_SURVIVAL)
                     record.watch(sequence.id, draft, chances)

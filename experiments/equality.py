@@ -232,8 +232,8 @@ def report(record: Record, parts: list[Part], lm: decoding.LocalBackend, options
     finding = Finding(
         claim="every drafter and every exact refiner gives plain decoding's tokens, alone and in ragged batches",
         source="a promise of this project",
-        measured=f"{every.differing} of {every.tokens:,} tokens differ, {every.ties} true ties; {len(found)} strategies, "
-        f"{options.limit} questions, each alone and in batches of {BATCH}",
+        measured=f"{every.differing} of {every.tokens:,} tokens differ, {every.ties} true ties; "
+        f"{len(found)} strategies, {options.limit} questions, each alone and in batches of {BATCH}",
         verdict="does not hold" if every.differing else "holds",
         figures={s: {way: asdict(tally) for way, tally in ways.items()} for s, ways in found.items()},
     )

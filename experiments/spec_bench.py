@@ -8,9 +8,10 @@ begins moves on from group to group. With --repeats, all of that is done several
 question's seconds and tokens are means over repeats. DIR/batch-N holds the records of a run (`decoding report` reads
 them, and the same command again resumes one), DIR/answers/N/NAME.jsonl the answers as Spec-Bench writes them, and
 experiments/results/spec_bench.json the figures. Printed are Spec-Bench's tasks: speed-up over plain decoding,
-(Σ tokens ÷ Σ seconds) ÷ the same of plain decoding, with a 95 % interval bootstrapped over questions; acceptance
-length, tokens per target pass with the bonus token; and how many answers, and tokens before their first difference,
-are plain decoding's own.
+(Σ tokens ÷ Σ seconds) ÷ the same of plain decoding, with a 95 % interval bootstrapped over questions; the same of
+decoding alone, where every turn counts from its first token on, so that what reading a prompt takes is left out;
+acceptance length, tokens per target pass with the bonus token; and how many answers, and tokens before their first
+difference, are plain decoding's own.
 
 With --transformers, transformers' `generate` makes answers of the same lengths to the same prompts with one stream,
 in float32, by itself, with prompt lookup and with the model's first layers as assistant; and every strategy is held
@@ -193,22 +194,29 @@ def task(category: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy on one task. length: tokens committed per pass and sequence after prefill."""
+    """One strategy on one task. decoding: the speed-up behind every turn's first token. length: tokens committed per
+    pass and sequence after prefill."""
 
     speedup: Interval
+    decoding: Interval
     length: float
     tokens_per_second: float
 
 
 def as_json(row: Row) -> dict[str, object]:
     """A row's figures; no interval where there are too few questions for one."""
-    low, high = row.speedup.low, row.speedup.high
     return {
         "speedup": row.speedup.estimate,
-        "interval": None if np.isnan(low) else [low, high],
+        "interval": _ends(row.speedup),
+        "decoding": row.decoding.estimate,
+        "decoding_interval": _ends(row.decoding),
         "acceptance_length": row.length,
         "tokens_per_second": row.tokens_per_second,
     }
+
+
+def _ends(interval: Interval) -> list[float] | None:
+    return None if np.isnan(interval.low) else [interval.low, interval.high]
 
 
 def rows(run: Run, name: str, base: str = BASELINE) -> dict[str, Row]:
@@ -230,26 +238,37 @@ def _pairs(run: Run, name: str, base: str) -> list[tuple[AnswerRecord, AnswerRec
 def _row(pairs: Sequence[tuple[AnswerRecord, AnswerRecord]]) -> Row:
     repeats: dict[int | str, list[list[float]]] = {}
     for pair in pairs:
-        figures = [value for r in pair for value in (r.metrics.seconds, r.metrics.new_tokens)]
+        figures = [value for r in pair for value in (r.metrics.seconds, r.metrics.new_tokens, *_behind_prompts(r))]
         repeats.setdefault(pair[0].question_id, []).append(figures)
     # Repeats of a question say nothing about other questions: the bootstrap draws their means.
-    seconds, tokens, slow, theirs = np.array([np.mean(each, axis=0) for each in repeats.values()]).T
+    means = np.array([np.mean(each, axis=0) for each in repeats.values()]).T
+    seconds, tokens, decoding, decoded, slow, theirs, slow_decoding, theirs_decoded = means
     lengths = [length for record, _ in pairs for length in accept_lengths(record)]
     return Row(
         speedup=bootstrap(ratio_of_rates, slow, theirs, seconds, tokens),
+        decoding=bootstrap(ratio_of_rates, slow_decoding, theirs_decoded, decoding, decoded),
         length=float(np.mean(lengths)) if lengths else 0.0,
         tokens_per_second=float(tokens.sum() / seconds.sum()),
     )
+
+
+def _behind_prompts(record: AnswerRecord) -> tuple[float, int]:
+    """Seconds and tokens behind the first token of every turn."""
+    turns = [part.metrics for part in record.parts.values()] or [record.metrics]
+    seconds = sum(turn.seconds - turn.first_token_seconds for turn in turns)
+    return seconds, sum(max(0, turn.new_tokens - 1) for turn in turns)
 
 
 def table(run: Run, title: str) -> Table:
     """Spec-Bench's table: a column per task."""
     figures = {name: rows(run, name) for name in run.strategies}
     tasks = list(dict.fromkeys(key for row in figures.values() for key in row if key != "overall"))
-    shown = Table("", *tasks, "overall", "tokens/s", title=title, caption="speed-up [95 % interval], acceptance length")
+    caption = "speed-up [95 % interval], acceptance length; decoding: without reading prompts"
+    shown = Table("", *tasks, "overall", "decoding", "tokens/s", title=title, caption=caption)
     for name, row in figures.items():
         cells = [_cell(row[key]) if key in row else "" for key in [*tasks, "overall"]]
-        shown.add_row(name, *cells, f"{row['overall'].tokens_per_second:.1f}" if "overall" in row else "")
+        last = (_times(row["overall"].decoding), f"{row['overall'].tokens_per_second:.1f}") if "overall" in row else ()
+        shown.add_row(name, *cells, *last)
     return shown
 
 

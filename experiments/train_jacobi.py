@@ -53,8 +53,8 @@ class Training:
     rank, alpha: of the LoRA adapter; rank 0 trains all weights. layers: the adapter changes so many of the last
     decoder layers (0: all); gradients end below them, so that fewer train faster. epochs, batch (trajectories per
     step), learning_rate (its peak; a cosine leads to a tenth), warmup (share of the steps), clip (gradient norm).
-    guesses: guesses packed behind an answer, in answer lengths. depth: guesses that are learnt from of each iterate, the
-    first wrong one and those behind it (0: all); the further ahead, the less there is to learn. corrupted: so many
+    guesses: guesses packed behind an answer, in answer lengths. depth: guesses that are learnt from of each iterate,
+    the first wrong one and those behind it (0: all); the further ahead, the less there is to learn. corrupted: so many
     further answers are learnt from with iterates that are made up. answer_weight: of the autoregressive loss.
     evaluate_every, save_every: steps. validation: held-out questions, validation_tokens: tokens of each answer.
     mixed_precision: "no", "bf16" or "fp16".
@@ -208,8 +208,8 @@ def train(
 
 
 def _chosen(trajectory: Trajectory, options: Training, epoch: int, number: int) -> Trajectory:
-    answer = len(trajectory.tokens) - trajectory.prompt
-    return choose(trajectory, round(options.guesses * answer), Random(f"{options.seed}/{epoch}/{number}"), options.depth)
+    guesses = round(options.guesses * (len(trajectory.tokens) - trajectory.prompt))
+    return choose(trajectory, guesses, Random(f"{options.seed}/{epoch}/{number}"), options.depth)
 
 
 def _with_lora(model: PreTrainedModel, options: Training) -> Any:

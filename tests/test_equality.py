@@ -38,7 +38,7 @@ def test_parts_that_are_done_are_not_done_again(
     assert "7 of 8 parts are left" in capsys.readouterr().out and not result.exists()
     assert call(monkeypatch, tmp_path) == 0
     lines = (tmp_path / "parts.jsonl").read_text().splitlines()
-    assert len(lines) == 1 + 2 + 8  # what was asked, plain decoding of two groups, two strategies x two ways x two groups
+    assert len(lines) == 1 + 2 + 8  # what was asked, two groups plainly, two strategies x two ways x two groups
     found = json.loads(result.read_text())
     assert found["verdict"] == "holds"
     for ways in found["figures"].values():

@@ -11,7 +11,7 @@ import pytest
 
 import decoding
 from decoding.backends.local import LocalBackend
-from decoding.report import AnswerRecord, Run, RunHeader, environment, read_run
+from decoding.report import AnswerRecord, PartRecord, Run, RunHeader, environment, read_run
 from decoding.trace import Metrics
 from experiments import acceptance_theory, spec_bench, spec_bench_answers
 from tests.test_trace import step
@@ -151,6 +151,19 @@ def test_repeats_are_means_of_a_question_and_no_further_questions() -> None:
     assert spec_bench.equality(run([1.0, 2.0]), "s").startswith("12 of 12")
     choices = spec_bench_answers.answer([r for r in run([0.5, 1.5]) if r.key[:2] == (2, "s")])["choices"]
     assert [(choice["index"], choice["wall_time"]) for choice in choices] == [(0, [0.75]), (1, [2.25])]  # type: ignore[attr-defined]
+
+
+def test_decoding_counts_every_turn_from_its_first_token_on() -> None:
+    def record(strategy: str, seconds: float) -> AnswerRecord:
+        turns = [Metrics(seconds=at + seconds, first_token_seconds=at, new_tokens=11) for at in (4.0, 2.0)]
+        parts = {f"turn {i}": PartRecord("", [], turn) for i, turn in enumerate(turns)}
+        whole = Metrics(seconds=6.0 + 2 * seconds, first_token_seconds=4.0, new_tokens=22)
+        return AnswerRecord(1, "qa", "", strategy, 0, "", [1], "length", whole, parts=parts)
+
+    records = (record("autoregressive", 5.0), record("s", 2.0))
+    row = spec_bench.rows(Run(RunHeader.create({}, environment(), []), records), "s")["overall"]
+    assert row.speedup.estimate == pytest.approx(16 / 10)
+    assert row.decoding.estimate == pytest.approx(5 / 2) == spec_bench.as_json(row)["decoding"]
 
 
 def test_the_law_of_acceptance() -> None:

@@ -18,6 +18,7 @@ from decoding.backends.text import TextStream, token_pieces
 from decoding.engine.decoder import Decoder
 from decoding.engine.engine import Engine
 from decoding.engine.latency import LatencyModel, latency_of
+from decoding.engine.pace import Live
 from decoding.engine.runner import Runner
 from decoding.engine.sequence import Sequence
 from decoding.errors import CapabilityError, InvalidRequest
@@ -88,6 +89,13 @@ class LocalBackend(Backend):
     def latency(self) -> LatencyModel:
         """What a step costs here; measured at the first time of asking, if it never was on this machine."""
         return latency_of(self.engine.runner)
+
+    @cached_property
+    def live(self) -> Live:
+        """`latency`, corrected by what the engine's steps take as they run."""
+        live = Live(self.latency)
+        self.engine.on_step = live.saw
+        return live
 
     def encode(self, prompt: Prompt, prefill: str = "") -> list[int]:
         """Token ids of a prompt: text and messages go through the chat template, ids stay as they are.

@@ -41,6 +41,8 @@ class Engine:
     step_tokens: prompts are read in chunks so that a step holds about this many tokens in all; None for as many as the
     latency model says, if there is one already.
     filming: set it, and every step keeps what its block held (`Step.frame`).
+    on_step: told of every forward pass in which sequences only decode: its tokens, sequences, committed tokens behind
+    each of them on average, and seconds.
     """
 
     def __init__(self, runner: Runner, step_tokens: int | None = None) -> None:
@@ -49,6 +51,7 @@ class Engine:
         self.step_tokens = latency.step_tokens(runner) if step_tokens is None else step_tokens
         self.steps = 0
         self.filming = False
+        self.on_step: Callable[[int, int, float, float], None] | None = None
         self._ids = itertools.count()
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -170,6 +173,9 @@ class Engine:
         logits = self._forward(rows)
         ran = time.perf_counter()
         gains = {s: _Gain(prefill=s.reading or (s.span == 1 and not s.new_tokens)) for s in rows}
+        if self.on_step is not None and all(s.span == 1 and not gains[s].prefill for s in rows):
+            context = sum(s.cached for s in rows) / max(1, len(rows))
+            self.on_step(sum(map(len, rows.values())), len(rows), context, ran - planned)
         judged = [s for s, row in rows.items() if row.logits]
         if judged:
             assert logits is not None

@@ -12,15 +12,16 @@ it. Whoever rests is tried again now and then, for a hundredth of the time.
 Losslessness. Guesses that were not sampled may be withheld for any reason, see `confirm`. Those that were sampled
 must not be withheld for what they turned out to be: `Width.lengths` decides on them before they are drawn, from
 what earlier steps taught, and `Width.trim` leaves them alone. Nor does the clock decide on them, so that a seed gives
-the same answer again: drafters that sample state their cost, and those that do not are asked every time.
+the same answer again: drafters that sample state their cost, which is then taken as stated, and those that do not are
+asked every time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,6 +29,7 @@ import numpy as np
 
 from decoding.engine.block import Block
 from decoding.engine.calibration import Calibration
+from decoding.engine.pace import Live, Pace
 from decoding.engine.payoff import Payoff
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ _CONTEXTS = 64  # tokens of context between which costs are not told apart
 
 
 class LatencyModel(Protocol):
-    """What a step costs. `backend.latency` is one."""
+    """What a step costs. `backend.latency` is one, and `backend.live`, which follows the machine."""
 
     def cost(self, tokens: Any, sequences: Any, context: Any) -> Any:
         """Seconds of a step over `tokens` tokens of `sequences` sequences that have `context` tokens each behind
@@ -124,11 +126,16 @@ def lengths(
 
 
 class Remembered:
-    """A latency model's answers for steps that differ in their tokens, asked for once per batch size and context."""
+    """A latency model's answers for steps that differ in their tokens, asked for once per batch size and context.
+
+    fixed: the same, whatever a model that follows the machine has seen of it.
+    """
 
     def __init__(self, latency: LatencyModel) -> None:
-        self._latency = latency
+        self._live = latency if isinstance(latency, Live) else None
+        self._latency = latency.model if isinstance(latency, Live) else latency
         self._known: dict[tuple[int, int], np.ndarray] = {}
+        self.fixed = self if self._live is None else Remembered(self._latency)
 
     def cost(self, tokens: Any, sequences: Any, context: Any) -> Any:
         key = int(sequences), int(context) // _CONTEXTS
@@ -139,14 +146,15 @@ class Remembered:
             seconds = self._latency.cost(count, key[0], (key[1] + 0.5) * _CONTEXTS)
             known = np.concatenate([[0.0], np.asarray(seconds, dtype=float)])
             self._known[key] = known
-        return known[tokens]
+        return known[tokens] if self._live is None else known[tokens] * self._live.factor(tokens, sequences)
 
 
 class RememberedDrafts:
-    """Likewise a drafter's."""
+    """Likewise a drafter's. factor: by how much they take longer than the drafter says."""
 
     def __init__(self, drafter: DraftCost) -> None:
         self.drafter = drafter
+        self.factor = 1.0
         self._known: dict[tuple[int, int, int], float] = {}
 
     def cost(self, levels: int, sequences: int, context: float) -> float:
@@ -154,7 +162,7 @@ class RememberedDrafts:
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = self.drafter.cost(levels, sequences, (key[2] + 0.5) * _CONTEXTS)
-        return known
+        return known * self.factor
 
 
 @dataclass
@@ -169,9 +177,11 @@ class Width:
     clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
-        self.latency = Remembered(self.latency)
+        self.latency = self._latency = Remembered(self.latency)
         self._payoff = Payoff(self.clock)
         self._drafts: RememberedDrafts | None = None
+        self._pace = Pace()  # of a drafter that states its cost
+        self._predicted = 0.0  # seconds that the drafts asked for should take
         self._saved_up = np.inf  # seconds put by for trials; the first one is made at once
 
     def lengths(self, drafter: Drafter, sequences: List[Sequence], covered: List[List[float]] = ()) -> list[int]:
@@ -186,29 +196,44 @@ class Width:
             self._drafts = RememberedDrafts(drafter)
         count, context = len(sequences), _context(sequences)
         rooms = [max(0, min(MOST_LEVELS, sequence.room)) for sequence in sequences]
-        step = float(self.latency.cost(count, count, context))
+        self._predicted = 0.0
         if self._drafts.cost(1, count, context) <= 0:
-            return self._timed(sequences, rooms, step)
-        floor = max(LEAST_SURVIVAL, self._floor(count, sum(rooms), context))
+            return self._timed(sequences, rooms, float(self.latency.cost(count, count, context)))
+        # Draws may depend on what was drawn before, but not on the clock.
+        drawn = any(sequence.params.temperature > 0 for sequence in sequences)
+        latency = self._latency.fixed if drawn else self._latency
+        self._drafts.factor = 1.0 if drawn else self._pace.factor
+        step = float(latency.cost(count, count, context))
+        floor = max(LEAST_SURVIVAL, _floor(latency, count, sum(rooms), context))
         survival = [
             self.calibration.levels(s.id, room, drafter.trust) for s, room in zip(sequences, rooms, strict=True)
         ]
         # What others hold is worth this draft only where it is not verified anyway.
-        held = [chances[: len(kept)] for chances, kept in zip(covered, admit(covered, self.latency, context))]
+        held = [chances[: len(kept)] for chances, kept in zip(covered, admit(covered, latency, context), strict=True)]
         for levels, others in zip(survival, held, strict=False):
             levels[: len(others)] = [chance * (1 - other) for chance, other in zip(levels, others, strict=False)]
         for levels in survival:
             while levels and levels[-1] < floor:
                 levels.pop()
         sure, spent = sum(map(sum, held)), sum(map(len, held))
-        chosen, _ = lengths(survival, self.latency, self._drafts, context, sure=sure, spent=spent)
+        chosen, _ = lengths(survival, latency, self._drafts, context, sure=sure, spent=spent)
         resting = [i for i, length in enumerate(chosen) if not length and rooms[i]]
         if resting:
-            more = float(self.latency.cost(count + _TRIAL_LENGTH * len(resting), count, context)) - step
+            more = float(latency.cost(count + _TRIAL_LENGTH * len(resting), count, context)) - step
             if self._trial(self._drafts.cost(_TRIAL_LENGTH, len(resting), context) + more, step):
                 for i in resting:
                     chosen[i] = min(_TRIAL_LENGTH, rooms[i])
+        if asked := [length for length in chosen if length]:
+            self._predicted = self._drafts.cost(max(asked), len(asked), context) / self._drafts.factor
         return chosen
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """To be put around the making of the drafts that `lengths` asked for: what they take is held against what they
+        were predicted to take."""
+        began = self.clock()
+        yield
+        self._pace.saw(self.clock() - began, self._predicted)
 
     def _timed(self, sequences: List[Sequence], rooms: list[int], step: float) -> list[int]:
         """Lengths where the drafter states no cost: all that there is room for, or nothing while it does not pay."""
@@ -247,7 +272,7 @@ class Width:
                 survival[i] = self._judge(sequences[i], drafts[i], 0.0)
         sure = sum(sum(survival[i]) for i, whole in enumerate(fixed) if whole)
         spent = sum(len(drafts[i].block) for i, whole in enumerate(fixed) if whole)
-        floor = max(LEAST_SURVIVAL, self._floor(count, total - spent, context, sure=sure, spent=spent))
+        floor = max(LEAST_SURVIVAL, _floor(self.latency, count, total - spent, context, sure=sure, spent=spent))
         for i, whole in enumerate(fixed):
             if not whole and drafts[i].block:
                 survival[i] = self._judge(sequences[i], drafts[i], floor)
@@ -269,13 +294,6 @@ class Width:
         chances, survival = self.calibration.judge(sequence.id, draft, floor)
         self.calibration.watch(sequence.id, draft, chances)
         return survival
-
-    def _floor(self, count: int, guesses: int, context: float, *, sure: float = 0.0, spent: int = 0) -> float:
-        """A survival below which no guess can pay: less than the pace of a step without any, times what the cheapest
-        place takes."""
-        seconds = self.latency.cost(count + spent + np.arange(guesses + 1), count, context)
-        cheapest = float(np.diff(seconds).min(initial=np.inf))
-        return cheapest * (count + sure) / float(seconds[0]) if guesses else 0.0
 
     def learn(self, sequence: Sequence, tokens: List[int]) -> None:
         """The sequence gains `tokens`."""
@@ -308,6 +326,16 @@ def pruned(draft: Draft, nodes: List[int]) -> Draft:
         confidence=None if draft.confidence is None else [draft.confidence[node] for node in nodes],
         sources=None if draft.sources is None else [draft.sources[node] for node in nodes],
     )
+
+
+def _floor(
+    latency: LatencyModel, count: int, guesses: int, context: float, *, sure: float = 0.0, spent: int = 0
+) -> float:
+    """A survival below which no guess can pay: less than the pace of a step without any, times what the cheapest
+    place takes."""
+    seconds = latency.cost(count + spent + np.arange(guesses + 1), count, context)
+    cheapest = float(np.diff(seconds).min(initial=np.inf))
+    return cheapest * (count + sure) / float(seconds[0]) if guesses else 0.0
 
 
 def _context(sequences: List[Sequence]) -> float:

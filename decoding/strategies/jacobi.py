@@ -112,7 +112,7 @@ class Jacobi(TokenStrategy):
                 f"blocks of {self.block_size} tokens do not fit a sequence of {capacity}; choose a smaller block_size "
                 "or load the model with a larger capacity."
             )
-        latency = getattr(backend, "latency", None) if self.block_size is None else None
+        latency = getattr(backend, "live", None) if self.block_size is None else None
         unmeasured = _UNMEASURED_BLOCK if self.adapter is None else _LARGEST_BLOCK
         return JacobiDecoder(
             self.block_size or (unmeasured if latency is None else _LARGEST_BLOCK),

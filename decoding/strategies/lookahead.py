@@ -74,7 +74,7 @@ class Lookahead(TokenStrategy):
                 f"a step of lookahead may take {most} tokens here, and a sequence {capacity}; choose a smaller window, "
                 "ngram or guesses, or load the model with a larger capacity."
             )
-        latency = getattr(backend, "latency", None) if self.adaptive else None
+        latency = getattr(backend, "live", None) if self.adaptive else None
         width = None if latency is None else Width(latency)
         return LookaheadDecoder(self.window, self.ngram, self.guesses, shared_pool=self.shared_pool, width=width)
 

@@ -66,7 +66,7 @@ class Speculative(TokenStrategy):
         if self.draft_length is not None:
             return SpeculativeDecoder(drafter, self.draft_length, self.verification)
         drafter.cost(1, 1, 0.0)  # what has to be measured is measured now, not within a request
-        return SpeculativeDecoder(drafter, Width(backend.latency), self.verification)
+        return SpeculativeDecoder(drafter, Width(backend.live), self.verification)
 
 
 class SpeculativeDecoder(Decoder):
@@ -90,7 +90,9 @@ class SpeculativeDecoder(Decoder):
         if isinstance(self.width, Width):
             with self.width.timing():
                 lengths = self.width.lengths(self.drafter, sequences)
-                drafts, expected = self.width.trim(sequences, self._propose(sequences, lengths))
+                with self.width.drafting():
+                    drafts = self._propose(sequences, lengths)
+                drafts, expected = self.width.trim(sequences, drafts)
             self._resting.difference_update(sequence.id for sequence in sequences)
             self._resting.update(s.id for s, length in zip(sequences, lengths, strict=True) if not length)
         else:

@@ -2,7 +2,8 @@
 
 Guesses that can be judged by the text itself are left to `engine.width`. The iterates of a block, or lookahead's
 window, exist only while they are run, so they get the benefit of a prior belief, keep their places for as long as
-what they bring pays for them, and are tried again after a while. Nothing here reads a clock.
+what they bring pays for them, and are tried again after a while. Nothing here reads a clock; prices may follow one, see
+`engine.pace`.
 """
 
 from __future__ import annotations
