@@ -58,6 +58,10 @@ class Drafter(TextForm, ABC):
     trust: ClassVar[float] = 0.6
     """How likely a guess is thought to come true before any did or did not, if the drafter states a cost."""
 
+    weighed: float = 0.0
+    """Seconds of all its guessing so far that the drafter has weighed against their use itself: these are not held
+    against it again."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:

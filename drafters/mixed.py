@@ -86,6 +86,7 @@ class Mixed(Drafter):
                     chances, _ = record.judge(sequence.id, draft, LEAST_SURVIVAL)
                     record.watch(sequence.id, draft, chances)
                     tree.graft(draft.block, chances, member.name)
+        self.weighed = sum(width.drafted for width in self._widths.values())
         return [tree.best(self.nodes) for tree in trees]
 
     def observe(self, sequences: List[Sequence], output: Output, commits: List[Commit]) -> None:

@@ -85,7 +85,7 @@ def test_drafts_are_held_against_the_text_even_if_nobody_was_asked_for_a_while()
 class Dear(Always):
     """Takes little of a step per level, and keeps what it was asked for."""
 
-    trust = 0.95
+    trust = 0.97
 
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
         self.asked = list(lengths)

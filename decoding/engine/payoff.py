@@ -40,10 +40,11 @@ class Payoff:
         finally:
             self._spent += self._clock() - began
 
-    def settle(self) -> float:
-        """Close the account of the last step. Returns what asking takes now, in seconds per sequence."""
+    def settle(self, weighed: float = 0.0) -> float:
+        """Close the account of the last step, leaving out `weighed` seconds of it. Returns what asking takes now, in
+        seconds per sequence."""
         if self._asked:
-            self._taken.append(self._spent / len(self._asked))
+            self._taken.append(max(0.0, self._spent - weighed) / len(self._asked))
             self._price = sorted(self._taken)[len(self._taken) // 2]
             self._asked = frozenset()
         self._spent = 0.0

@@ -169,7 +169,7 @@ class RememberedDrafts:
 class Width:
     """Chooses, step by step, how much each sequence drafts and verifies; keeps what it takes to choose.
 
-    clock: what tells the time, in seconds.
+    clock: what tells the time, in seconds. drafted: seconds that passed inside `drafting`.
     """
 
     latency: LatencyModel
@@ -182,6 +182,8 @@ class Width:
         self._drafts: RememberedDrafts | None = None
         self._pace = Pace()  # of a drafter that states its cost
         self._predicted = 0.0  # seconds that the drafts asked for should take
+        self._weighed = 0.0  # what the drafter has weighed itself up to the last step
+        self.drafted = 0.0
         self._saved_up = np.inf  # seconds put by for trials; the first one is made at once
 
     def lengths(self, drafter: Drafter, sequences: List[Sequence], covered: List[List[float]] = ()) -> list[int]:
@@ -198,7 +200,7 @@ class Width:
         rooms = [max(0, min(MOST_LEVELS, sequence.room)) for sequence in sequences]
         self._predicted = 0.0
         if self._drafts.cost(1, count, context) <= 0:
-            return self._timed(sequences, rooms, float(self.latency.cost(count, count, context)))
+            return self._timed(drafter, sequences, rooms, float(self.latency.cost(count, count, context)))
         # Draws may depend on what was drawn before, but not on the clock.
         drawn = any(sequence.params.temperature > 0 for sequence in sequences)
         latency = self._latency.fixed if drawn else self._latency
@@ -233,11 +235,14 @@ class Width:
         were predicted to take."""
         began = self.clock()
         yield
-        self._pace.saw(self.clock() - began, self._predicted)
+        seconds = self.clock() - began
+        self.drafted += seconds
+        self._pace.saw(seconds, self._predicted)
 
-    def _timed(self, sequences: List[Sequence], rooms: list[int], step: float) -> list[int]:
+    def _timed(self, drafter: Drafter, sequences: List[Sequence], rooms: list[int], step: float) -> list[int]:
         """Lengths where the drafter states no cost: all that there is room for, or nothing while it does not pay."""
-        price = self._payoff.settle()
+        price = self._payoff.settle(drafter.weighed - self._weighed)
+        self._weighed = drafter.weighed
         resting = {sequence.id for sequence in sequences if not self._payoff.pays(sequence.id)}
         if resting and self._trial(price * len(resting), step):
             resting.clear()
