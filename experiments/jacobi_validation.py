@@ -41,10 +41,10 @@ Text = tuple[list[int], list[int]]
 class Validation:
     """Greedy answers to held-out questions after `step` training steps.
 
-    tokens_per_forward: by Jacobi iteration, over the passes after prefill. agreement: share of an answer's places that
-    hold the base model's token; divergence: tokens until the first that does not (the answer's length if all do);
-    means over the questions. perplexity: of the answers under the base model, None if it is no longer at hand.
-    repetition: share of runs of four tokens that were in the answer before.
+    tokens_per_forward: by Jacobi iteration of whole blocks with one candidate, over the passes after prefill.
+    agreement: share of an answer's places that hold the base model's token; divergence: tokens until the first that
+    does not (the answer's length if all do); means over the questions. perplexity: of the answers under the base
+    model, None if it is no longer at hand. repetition: share of runs of four tokens that were in the answer before.
     """
 
     step: int
@@ -74,7 +74,7 @@ def validate(
     perplexity: Callable[[List[Text]], float] | None = None,
 ) -> Validation:
     """Decode held-out questions; `documents` hold the base model's own answers. perplexity: the base model's."""
-    decoder = JacobiDecoder(block_size, initial="iterate")
+    decoder = JacobiDecoder(block_size, candidates=1)
     params = SamplingParams(max_new_tokens=max_new_tokens)
     sequences = [lm.engine.submit(d.tokens[: d.prompt].tolist(), params, decoder, lm.eos) for d in documents]
     while lm.engine.busy:

@@ -58,9 +58,10 @@ class Jacobi(TokenStrategy):
         it is guesswork until everything before it is fixed. Not for the sliding schedule, which has one block.
     initial: what a place is guessed from first: "ngrams", what came last after the tokens before it; "iterate", the
         model's answer in the last step, and n-grams where there is none; "prompt", likewise, and tokens of the prompt
-        where there is none, as consistency LLMs begin. None takes n-grams, or the iterate for a trained adapter.
+        where there is none, as consistency LLMs begin.
     recycle: the n-grams are those of the text and of all iterates, rejected ones included; false: of the text.
-    candidates: n-grams that are verified beside the block, as branches.
+    candidates: n-grams that are verified beside the block, as branches; None takes none, or one for a trained adapter,
+        whose iterates are worth running behind either.
     adapter: a LoRA adapter trained for this (`experiments/train_jacobi.py`): the name of one that comes with the
         package, or a folder. The tokens are then exactly those of plain decoding *by the adapted model*.
     """
@@ -68,9 +69,9 @@ class Jacobi(TokenStrategy):
     block_size: int | None = None
     schedule: str = "sliding"
     blocks: int = 1
-    initial: str | None = None
+    initial: str = "ngrams"
     recycle: bool = True
-    candidates: int = 0
+    candidates: int | None = None
     adapter: str | None = None
 
     name: ClassVar[str] = "jacobi"
@@ -79,13 +80,13 @@ class Jacobi(TokenStrategy):
     def __post_init__(self) -> None:
         for option, least in (("block_size", 2), ("blocks", 1), ("candidates", 0)):
             value = getattr(self, option)
-            if option == "block_size" and value is None:
+            if option in ("block_size", "candidates") and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
         if self.schedule not in SCHEDULES:
             raise UnknownName("schedule", str(self.schedule), SCHEDULES)
-        if self.initial is not None and self.initial not in INITIAL:
+        if self.initial not in INITIAL:
             raise UnknownName("initial guess", str(self.initial), INITIAL)
         if not isinstance(self.recycle, bool):
             raise InvalidRequest(f"recycle must be true or false, not {self.recycle!r}.")
@@ -118,9 +119,9 @@ class Jacobi(TokenStrategy):
             self.block_size or (unmeasured if latency is None else _LARGEST_BLOCK),
             schedule=self.schedule,
             blocks=self.blocks,
-            initial=self.initial or ("ngrams" if self.adapter is None else "iterate"),
+            initial=self.initial,
             recycle=self.recycle,
-            candidates=self.candidates,
+            candidates=self.candidates if self.candidates is not None else int(self.adapter is not None),
             width=None if latency is None else Width(latency),
             trained=self.adapter is not None,
         )
