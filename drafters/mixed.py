@@ -68,6 +68,8 @@ class Mixed(Drafter):
             for place, (member, record) in enumerate(zip(self._members, self._records, strict=True))
             if type(member).cost is not Drafter.cost
         }
+        for place in self._widths:
+            self._members[place].cost(1, 1, 0.0)  # what has to be measured is measured now, while a slot is free
 
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
         for sequence in sequences:

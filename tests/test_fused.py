@@ -21,6 +21,7 @@ from decoding.engine.latency import LatencyModel, latency_of, measure
 from decoding.engine.packing import Row
 from decoding.engine.precision import GROUP, int4_groups, int8_rows
 from decoding.engine.runner import Runner, embeddings
+from decoding.errors import ModelError
 from tests.tiny import tiny_model, tiny_tokenizer
 
 needs_compiler = pytest.mark.skipif(fused.find_compiler() is None, reason="there is no C++ compiler here")
@@ -191,6 +192,15 @@ def test_a_latency_model_is_measured_and_kept(tmp_path: Any, monkeypatch: pytest
     (file,) = tmp_path.glob("latency-*/*.json")
     file.write_text("{")
     assert latency_of(runner).curve[0][0] == 1  # a damaged file is no obstacle
+
+
+def test_costs_are_not_measured_while_every_slot_is_busy() -> None:
+    runner = Runner(tiny_model("llama"), slots=1, capacity=128)
+    slot, _ = runner.cache.acquire([1, 2])
+    with pytest.raises(ModelError, match="needs a free slot"):
+        measure(runner)
+    runner.cache.release(slot)
+    assert measure(runner).cost(1, 1, 0) > 0
 
 
 def test_costs_broadcast_and_never_fall_with_the_tokens(latency: LatencyModel) -> None:

@@ -85,6 +85,8 @@ def test_drafts_are_held_against_the_text_even_if_nobody_was_asked_for_a_while()
 class Dear(Always):
     """Takes little of a step per level, and keeps what it was asked for."""
 
+    stated = False
+
     trust = 0.97
 
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
@@ -92,6 +94,7 @@ class Dear(Always):
         return super().propose(sequences, lengths)
 
     def cost(self, levels: int, sequences: int, context: float) -> float:
+        self.stated = True
         return 0.005 * levels
 
 
@@ -104,6 +107,7 @@ def test_a_drafter_that_takes_time_is_not_asked_for_what_others_hold_already() -
     dear = Dear("dear", [7] * 24, 0.9)
     mixed = Mixed([dear, Sometimes("cheap", [5] * 24, 0.99)])
     mixed.attach(SimpleNamespace(live=Table(1.0, 0.01)))  # type: ignore[arg-type]
+    assert dear.stated, "costs may have to be measured, which cannot be done while sequences decode"
     known, unknown = text([1]), text([2])
     mixed._widths[0]._saved_up = 0.0  # no trial is due
     mixed.propose([known, unknown], [24, 24])

@@ -24,6 +24,7 @@ import torch
 
 from decoding.engine.block import Block
 from decoding.engine.packing import Row
+from decoding.errors import ModelError
 
 if TYPE_CHECKING:
     from decoding.engine.runner import Runner
@@ -103,8 +104,8 @@ class LatencyModel:
 def latency_of(runner: Runner, weights: str | None = None, *, again: bool = False) -> LatencyModel:
     """The latency model of a runner: from the user's cache, or measured now, which takes some seconds.
 
-    weights: of steps with these (see `Runner.hold`). again: measure even if there is one. Needs a free slot; with fewer
-    of them, fewer sequences are tried at once.
+    weights: of steps with these (see `Runner.hold`). again: measure even if there is one. Needs a free slot, or raises
+    ModelError; with fewer of them, fewer sequences are tried at once.
     """
     path = _path(runner, weights)
     if not again and (known := _read(path)) is not None:
@@ -130,6 +131,11 @@ def step_tokens(runner: Runner) -> int:
 def measure(runner: Runner, weights: str | None = None) -> LatencyModel:
     """Time steps of many kinds in turn, and fit the model to the fastest of each."""
     cache = runner.cache
+    if not cache.free:
+        raise ModelError(
+            "what a step costs is measured once, and needs a free slot; ask for `backend.latency` before all of them "
+            "are busy, or load the model with more slots."
+        )
     slots = [cache.acquire([0])[0] for _ in range(min(cache.free, 32))]
     try:
         room = max(cache.capacity - max(_TOKENS), 0)
