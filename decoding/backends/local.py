@@ -93,7 +93,7 @@ class LocalBackend(Backend):
     @cached_property
     def live(self) -> Live:
         """`latency`, corrected by what the engine's steps take as they run."""
-        live = Live(self.latency)
+        live = Live(self.latency, lambda: self.engine.reading)
         self.engine.on_step = live.saw
         return live
 

@@ -41,6 +41,7 @@ class Engine:
     step_tokens: prompts are read in chunks so that a step holds about this many tokens in all; None for as many as the
     latency model says, if there is one already.
     filming: set it, and every step keeps what its block held (`Step.frame`).
+    reading: prompt tokens that the step being planned holds beside what decodes.
     on_step: told of every forward pass in which sequences only decode: its tokens, sequences, committed tokens behind
     each of them on average, and seconds.
     """
@@ -51,6 +52,7 @@ class Engine:
         self.step_tokens = latency.step_tokens(runner) if step_tokens is None else step_tokens
         self.steps = 0
         self.filming = False
+        self.reading = 0
         self.on_step: Callable[[int, int, float, float], None] | None = None
         self._ids = itertools.count()
         self._waiting: list[Sequence] = []
@@ -140,6 +142,8 @@ class Engine:
 
         Sequences that decode get their decoder's block; prompts share what is left of the step.
         """
+        waiting = sum(sequence.pending for sequence in self._running if sequence.reading)
+        self.reading = min(waiting, max(self.step_tokens - len(self._running), _LEAST_PREFILL))
         blocks: dict[Sequence, Block] = {}
         for decoder, members in _by_decoder(s for s in self._running if not s.reading):
             for sequence, block in self._contain(members, decoder.plan):

@@ -8,6 +8,7 @@ for plain and for wider steps apart, and later predictions follow.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,11 +39,12 @@ class Pace:
 class Live:
     """A latency model that follows the machine.
 
-    model: what was measured once; it stays as it is.
+    model: what was measured once; it stays as it is. beside: says how many prompt tokens the next step holds.
     """
 
-    def __init__(self, model: LatencyModel) -> None:
+    def __init__(self, model: LatencyModel, beside: Callable[[], int] = lambda: 0) -> None:
         self.model = model
+        self.beside = beside
         self._plain, self._wide = Pace(), Pace()
 
     def cost(self, tokens: Any, sequences: Any, context: Any) -> Any:

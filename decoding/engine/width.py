@@ -137,6 +137,12 @@ class Remembered:
         self._known: dict[tuple[int, int], np.ndarray] = {}
         self.fixed = self if self._live is None else Remembered(self._latency)
 
+    @property
+    def beside(self) -> int:
+        """Prompt tokens that are in the next step. They count as tokens that it brings: where arithmetic is what takes
+        the time, a guess keeps one of them waiting."""
+        return 0 if self._live is None else self._live.beside()
+
     def cost(self, tokens: Any, sequences: Any, context: Any) -> Any:
         key = int(sequences), int(context) // _CONTEXTS
         tokens = np.asarray(tokens)
@@ -205,23 +211,25 @@ class Width:
         drawn = any(sequence.params.temperature > 0 for sequence in sequences)
         latency = self._latency.fixed if drawn else self._latency
         self._drafts.factor = 1.0 if drawn else self._pace.factor
-        step = float(latency.cost(count, count, context))
-        floor = max(LEAST_SURVIVAL, _floor(latency, count, sum(rooms), context))
+        beside = self._latency.beside
+        step = float(latency.cost(count + beside, count, context))
+        floor = max(LEAST_SURVIVAL, _floor(latency, count, sum(rooms), context, sure=beside, spent=beside))
         survival = [
             self.calibration.levels(s.id, room, drafter.trust) for s, room in zip(sequences, rooms, strict=True)
         ]
         # What others hold is worth this draft only where it is not verified anyway.
-        held = [chances[: len(kept)] for chances, kept in zip(covered, admit(covered, latency, context), strict=True)]
+        verified = admit(covered, latency, context, sure=beside, spent=beside)
+        held = [chances[: len(kept)] for chances, kept in zip(covered, verified, strict=True)]
         for levels, others in zip(survival, held, strict=False):
             levels[: len(others)] = [chance * (1 - other) for chance, other in zip(levels, others, strict=False)]
         for levels in survival:
             while levels and levels[-1] < floor:
                 levels.pop()
-        sure, spent = sum(map(sum, held)), sum(map(len, held))
+        sure, spent = beside + sum(map(sum, held)), beside + sum(map(len, held))
         chosen, _ = lengths(survival, latency, self._drafts, context, sure=sure, spent=spent)
         resting = [i for i, length in enumerate(chosen) if not length and rooms[i]]
         if resting:
-            more = float(latency.cost(count + _TRIAL_LENGTH * len(resting), count, context)) - step
+            more = float(latency.cost(count + beside + _TRIAL_LENGTH * len(resting), count, context)) - step
             if self._trial(self._drafts.cost(_TRIAL_LENGTH, len(resting), context) + more, step):
                 for i in resting:
                     chosen[i] = min(_TRIAL_LENGTH, rooms[i])
@@ -275,9 +283,11 @@ class Width:
         for i, whole in enumerate(fixed):
             if whole:
                 survival[i] = self._judge(sequences[i], drafts[i], 0.0)
-        sure = sum(sum(survival[i]) for i, whole in enumerate(fixed) if whole)
-        spent = sum(len(drafts[i].block) for i, whole in enumerate(fixed) if whole)
-        floor = max(LEAST_SURVIVAL, _floor(self.latency, count, total - spent, context, sure=sure, spent=spent))
+        beside = self._latency.beside
+        sure = beside + sum(sum(survival[i]) for i, whole in enumerate(fixed) if whole)
+        spent = beside + sum(len(drafts[i].block) for i, whole in enumerate(fixed) if whole)
+        most = total + beside - spent
+        floor = max(LEAST_SURVIVAL, _floor(self.latency, count, most, context, sure=sure, spent=spent))
         for i, whole in enumerate(fixed):
             if not whole and drafts[i].block:
                 survival[i] = self._judge(sequences[i], drafts[i], floor)
