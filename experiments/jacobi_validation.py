@@ -1,6 +1,6 @@
 """What consistency training did to a model: how fast it decodes by Jacobi iteration, and how far it moved.
 
-    python -m experiments.jacobi_validation --adapter smollm2-135m [--questions FILE] [--limit 64]
+    python -m experiments.jacobi_validation --adapter runs/jacobi/adapter [--questions FILE] [--limit 64]
 
 Answers questions greedily with the model as it is, and again, by Jacobi iteration of whole blocks, with it and with the
 adapter. Prints tokens per forward of both, and how far the adapter's answers are from the model's own; writes all of it
