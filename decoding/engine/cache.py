@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+LINE = 64
+"""Bytes of a CPU's cache line. Vectors that lie across two are read at half the speed."""
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -161,9 +164,11 @@ class KVCache:
 def _zeros(size: tuple[int, ...], shape: LayerShape) -> torch.Tensor:
     """Zeros, since masked-out garbage must stay finite: 0 × NaN is NaN.
 
-    On a CPU they come from NumPy, whose zeros take no memory until they are written to.
+    On a CPU they come from NumPy, whose zeros take no memory until they are written to, and begin with a cache line.
     """
     if shape.device.type != "cpu":
         return torch.zeros(size, dtype=shape.dtype, device=shape.device)
-    lazy = np.zeros(math.prod(size) * shape.dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(lazy).view(shape.dtype).view(size)
+    count = math.prod(size) * shape.dtype.itemsize
+    lazy = np.zeros(count + LINE, dtype=np.uint8)
+    begin = -lazy.ctypes.data % LINE
+    return torch.from_numpy(lazy[begin : begin + count]).view(shape.dtype).view(size)

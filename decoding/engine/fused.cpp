@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -28,9 +29,22 @@ constexpr int LANES = 8;
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef int16_t svec __attribute__((vector_size(LANES * 2)));
+typedef int8_t bvec __attribute__((vector_size(LANES)));
 typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 constexpr int64_t AHEAD = 4;
+
+// Memory in which no vector crosses the border of a cache line for nothing.
+template <typename T>
+struct Aligned {
+    using value_type = T;
+    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))); }
+    void deallocate(T* at, size_t) { ::operator delete(at, std::align_val_t(64)); }
+    bool operator==(const Aligned&) const { return true; }
+    bool operator!=(const Aligned&) const { return false; }
+};
+template <typename T>
+using buffer = std::vector<T, Aligned<T>>;
 
 static inline vec load(const float* p) { return *reinterpret_cast<const loose_vec*>(p); }
 static inline void store(float* p, vec v) { *reinterpret_cast<loose_vec*>(p) = v; }
@@ -75,7 +89,7 @@ static inline quad sum4(vec a, vec b, vec c, vec d) {
 
 // One value or several, to and from memory that need not be aligned.
 template <typename T>
-static inline T get(const float* at) {
+static inline T get(const void* at) {
     T value;
     std::memcpy(&value, at, sizeof value);
     return value;
@@ -103,16 +117,16 @@ static inline vec exponential(vec x) {
 
 extern "C" {
 
-// A weight matrix [rows, columns], row after row: floats; or int8 with a float of `scale` for every row; or, where there
-// is a `minimum`, four bits. Those come in groups of 32 columns: a byte holds column i of its group in its low half and
-// column i + 16 in its high one, and stands for a multiple of the group's `scale` above its `minimum`, which are half
-// precision numbers [rows, groups rounded up to 8]. `bias` may be null.
+// A weight matrix [rows, columns] of so many bits; `bias` may be null.
+//
+// 32: floats, row after row. 8: integers, row after row, with a float of `scale` for every row. 4: blocks of 8 rows, the
+// last one filled up with zeros, each in groups of 32 columns, of 160 bytes. The first 128 are, for every 8 columns, 4 bytes
+// for each of the rows: column i in the low half of a byte, column i + 4 in the high one. Then come two half precision
+// numbers for each of the rows, first all scales, then all minima: a weight is a multiple of the scale above the minimum.
 struct Matrix {
     const void* weight;
-    const void* scale;
-    const uint16_t* minimum;
-    const float* bias;
-    int64_t rows, columns;
+    const float *scale, *bias;
+    int64_t rows, columns, bits;
 };
 
 // The tensors of one layer. `query_norm` and `key_norm` may be null. `keys` and `values` are the cache,
@@ -146,13 +160,10 @@ struct Step {
 
 }  // extern "C"
 
-constexpr int64_t GROUP = 32;
+constexpr int64_t GROUP = 32, BLOCK = 8;  // columns, and rows, of a group of weights of four bits
 
-// Numbers of one row in an array over groups.
-static inline int64_t grouped(int64_t columns) { return (columns / GROUP + 7) / 8 * 8; }
-
-// Tokens in the form in which a kind of matrix wants them: floats, or 16-bit integers with a factor for every token and
-// their sum in every group of columns.
+// Tokens in the form in which a kind of matrix wants them: floats, or 16-bit integers with a factor for every token. For
+// weights of four bits their high bytes and then their low ones, which are signed, and their sums in groups of columns.
 struct Input {
     const float* real;
     const int16_t* whole;
@@ -267,108 +278,113 @@ static inline float real(uint16_t half) {
     return half & 0x8000 ? -magnitude : magnitude;
 }
 
-// The same for weights of four bits. The sum over a group is exact, too; and what the minimum adds to it is the group's
-// sum of inputs, which is known.
-template <int ROWS, int TOKENS>
-static inline void tile4(const Matrix& m, int64_t row, const Input& x, int64_t token, Ahead ahead,
-                         float out[TOKENS][ROWS]) {
-    const int64_t bytes = m.columns / 2, groups = m.columns / GROUP, padded = grouped(m.columns);
-    const uint8_t* w = static_cast<const uint8_t*>(m.weight) + row * bytes;
-    const uint16_t* scale = static_cast<const uint16_t*>(m.scale) + row * padded;
-    const uint16_t* minimum = m.minimum + row * padded;
-    const int16_t* v = x.whole + token * x.width;
-    const float* sums = x.sums + token * padded;
-    vec total[ROWS][TOKENS] = {};
+// A block of rows of four bits and TOKENS tokens. The sum over a group is exact, too; and what the minimum adds to it is
+// the group's sum of inputs, which is known.
+template <int TOKENS>
+static inline void tile4(const Matrix& m, int64_t block, const Input& x, int64_t token, float out[TOKENS][BLOCK]) {
+    constexpr int64_t SIZE = BLOCK * GROUP / 2, STEP = SIZE + 4 * BLOCK;
+    const int64_t groups = m.columns / GROUP;
+    const uint8_t* w = static_cast<const uint8_t*>(m.weight) + block * groups * STEP;
+    const int8_t* v[TOKENS];  // high bytes; the low ones are `width` behind
+    const float* sums[TOKENS];
+    for (int t = 0; t < TOKENS; t++) {
+        v[t] = reinterpret_cast<const int8_t*>(x.whole + (token + t) * x.width);
+        sums[t] = x.sums + (token + t) * groups;
+    }
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-    __m256 acc[ROWS][TOKENS];
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < TOKENS; t++) acc[r][t] = _mm256_setzero_ps();
-    const __m256i low = _mm256_set1_epi16(15);
-    for (int64_t g = 0; g < groups; g += 8) {
-        alignas(32) float scales[ROWS][8];
-        for (int r = 0; r < ROWS; r++) {
-            const __m128i *s = reinterpret_cast<const __m128i*>(scale + r * padded + g),
-                          *least = reinterpret_cast<const __m128i*>(minimum + r * padded + g);
-            _mm256_store_ps(scales[r], _mm256_cvtph_ps(_mm_loadu_si128(s)));
-            const __m256 base = _mm256_cvtph_ps(_mm_loadu_si128(least));
-            for (int t = 0; t < TOKENS; t++)
-                acc[r][t] = _mm256_fmadd_ps(base, _mm256_loadu_ps(sums + t * padded + g), acc[r][t]);
-        }
-        const int64_t count = std::min<int64_t>(8, groups - g);
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t k = (g + i) * GROUP;
-            __m256i first[TOKENS], second[TOKENS];
-            ahead.ask();
+    const __m256i half = _mm256_set1_epi8(15), low = _mm256_set1_epi16(1), high = _mm256_set1_epi16(256);
+    __m256 acc[TOKENS];
+    for (int t = 0; t < TOKENS; t++) acc[t] = _mm256_setzero_ps();
+    for (int64_t g = 0; g < groups; g++, w += STEP) {
+        for (int64_t ahead = 2048; ahead < 2048 + STEP; ahead += 64) __builtin_prefetch(w + ahead, 0, 3);
+        __m256i h[TOKENS], l[TOKENS];  // of each row two sums of 16 bits: 16 products of at most 15 x 128 fit
+        for (int t = 0; t < TOKENS; t++) h[t] = l[t] = _mm256_setzero_si256();
+#pragma GCC unroll 1  // else there are not enough registers
+        for (int64_t i = 0; i < 4; i++) {
+            const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * i));
+            const __m256i first = _mm256_and_si256(both, half);
+            const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), half);
+            const auto both_of = [&](const int8_t* p) {
+                const __m256i a = _mm256_set1_epi32(get<int32_t>(p)), b = _mm256_set1_epi32(get<int32_t>(p + 4));
+                return _mm256_add_epi16(_mm256_maddubs_epi16(first, a), _mm256_maddubs_epi16(second, b));
+            };
             for (int t = 0; t < TOKENS; t++) {
-                const __m256i* at = reinterpret_cast<const __m256i*>(v + t * x.width + k);
-                first[t] = once(_mm256_loadu_si256(at));
-                second[t] = once(_mm256_loadu_si256(at + 1));
+                const int8_t* at = v[t] + g * GROUP + 8 * i;
+                h[t] = _mm256_add_epi16(h[t], both_of(at));
+                l[t] = _mm256_add_epi16(l[t], both_of(at + x.width));
             }
-            for (int r = 0; r < ROWS; r++) {
-                const __m256i both = _mm256_cvtepu8_epi16(
-                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * bytes + k / 2)));
-                const __m256i a = _mm256_and_si256(both, low), b = _mm256_srli_epi16(both, 4);
-                const __m256 s = _mm256_broadcast_ss(&scales[r][i]);
-                for (int t = 0; t < TOKENS; t++) {
-                    const __m256i sum =
-                        _mm256_add_epi32(_mm256_madd_epi16(a, first[t]), _mm256_madd_epi16(b, second[t]));
-                    acc[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), s, acc[r][t]);
-                }
-            }
+        }
+        const __m128i* numbers = reinterpret_cast<const __m128i*>(w + SIZE);
+        const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(numbers));
+        const __m256 minimum = _mm256_cvtph_ps(_mm_loadu_si128(numbers + 1));
+        for (int t = 0; t < TOKENS; t++) {
+            const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(h[t], high), _mm256_madd_epi16(l[t], low));
+            acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc[t]);
+            acc[t] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(sums[t][g]), acc[t]);
         }
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < TOKENS; t++) std::memcpy(&total[r][t], &acc[r][t], sizeof acc[r][t]);
+    for (int t = 0; t < TOKENS; t++) _mm256_storeu_ps(out[t], acc[t]);
 #else
-    for (int r = 0; r < ROWS; r++)
+    for (int t = 0; t < TOKENS; t++) std::fill_n(out[t], BLOCK, 0.0f);
+    for (int64_t g = 0; g < groups; g++, w += STEP)
         for (int t = 0; t < TOKENS; t++)
-            for (int64_t g = 0; g < groups; g++) {
-                int32_t s = 0;
-                for (int64_t i = 0; i < GROUP / 2; i++) {
-                    const uint8_t both = w[r * bytes + g * GROUP / 2 + i];
-                    const int16_t* at = v + t * x.width + g * GROUP + i;
-                    s += (both & 15) * at[0] + (both >> 4) * at[GROUP / 2];
+            for (int64_t r = 0; r < BLOCK; r++) {
+                int32_t sum = 0;
+                for (int64_t k = 0; k < GROUP; k++) {
+                    const int both = w[k / 8 * 4 * BLOCK + r * 4 + k % 4];
+                    const int8_t* at = v[t] + g * GROUP + k;
+                    sum += (k % 8 < 4 ? both & 15 : both >> 4) * (256 * at[0] + at[x.width]);
                 }
-                const float base = std::fma(real(minimum[r * padded + g]), sums[t * padded + g], total[r][t][0]);
-                total[r][t][0] = std::fma(real(scale[r * padded + g]), float(s), base);
+                uint16_t scale, minimum;
+                std::memcpy(&scale, w + SIZE + 2 * r, 2);
+                std::memcpy(&minimum, w + SIZE + 2 * (BLOCK + r), 2);
+                out[t][r] = std::fma(float(sum), real(scale), out[t][r]);
+                out[t][r] = std::fma(real(minimum), sums[t][g], out[t][r]);
             }
 #endif
-    add_up<ROWS, TOKENS>(total, out);
 }
 
 // What is done to the sums of a row or of several: their scale, their token's factor, their bias.
 template <typename T, typename Sink>
 static inline void pass_on(const Matrix& m, int64_t row, const Input& x, int64_t token, const float* sums, Sink& sink) {
     T y = get<T>(sums);
-    if (m.minimum)
-        y *= x.factor[token];
-    else if (m.scale)
-        y *= get<T>(static_cast<const float*>(m.scale) + row) * x.factor[token];
+    if (m.bits == 8) y *= get<T>(m.scale + row) * x.factor[token];
+    if (m.bits == 4) y *= x.factor[token];
     if (m.bias) y += get<T>(m.bias + row);
     sink(token, row, y);
+}
+
+// The same for `count` rows, from `row` on.
+template <typename Sink>
+static inline void pass_on(const Matrix& m, int64_t row, int64_t count, const Input& x, int64_t token, const float* sums,
+                           Sink& sink) {
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) pass_on<quad>(m, row + r, x, token, sums + r, sink);
+    for (; r < count; r++) pass_on<float>(m, row + r, x, token, sums + r, sink);
 }
 
 template <int ROWS, int TOKENS, typename Sink>
 static inline void produce(const Matrix& m, int64_t row, const Input& x, int64_t token, Ahead ahead, Sink& sink) {
     float out[TOKENS][ROWS];
-    if (m.minimum)
-        tile4<ROWS, TOKENS>(m, row, x, token, ahead, out);
-    else if (m.scale)
+    if (m.bits == 8)
         tile8<ROWS, TOKENS>(m, row, x, token, ahead, out);
     else
         tile<ROWS, TOKENS>(m, row, x, token, ahead, out);
-    for (int t = 0; t < TOKENS; t++) {
-        int r = 0;
-        for (; r + 4 <= ROWS; r += 4) pass_on<quad>(m, row + r, x, token + t, &out[t][r], sink);
-        for (; r < ROWS; r++) pass_on<float>(m, row + r, x, token + t, &out[t][r], sink);
-    }
+    for (int t = 0; t < TOKENS; t++) pass_on(m, row, ROWS, x, token + t, out[t], sink);
+}
+
+template <int TOKENS, typename Sink>
+static inline void produce4(const Matrix& m, int64_t row, int64_t stop, const Input& x, int64_t token, Sink& sink) {
+    float out[TOKENS][BLOCK];
+    tile4<TOKENS>(m, row / BLOCK, x, token, out);
+    const int64_t count = std::min(stop, (row / BLOCK + 1) * BLOCK) - row;
+    for (int t = 0; t < TOKENS; t++) pass_on(m, row, count, x, token + t, &out[t][row % BLOCK], sink);
 }
 
 template <int ROWS, int TOKENS, typename Sink>
 static void produce_rows(const Matrix& m, int64_t row, const Input& x, int64_t token, int64_t end, Sink& sink) {
     const int64_t groups = (end - token + TOKENS - 1) / TOKENS;
-    const int64_t line = m.minimum ? m.columns / 2 : m.scale ? m.columns : m.columns * int64_t(sizeof(float));
-    const int64_t block = ROWS * line, steps = m.columns / (m.minimum ? GROUP : m.scale ? 16 : LANES);
+    const int64_t line = m.columns * m.bits / 8, block = ROWS * line, steps = m.columns / (m.bits == 8 ? 16 : LANES);
     const int64_t later = std::min(row + std::max<int64_t>(AHEAD, ROWS), m.rows - ROWS);
     const char* next = static_cast<const char*>(m.weight) + later * line;
     for (int64_t g = 0; token < end; g++, token += TOKENS) {
@@ -382,6 +398,15 @@ static void produce_rows(const Matrix& m, int64_t row, const Input& x, int64_t t
     }
 }
 
+// The same for few tokens and float weights, row by row: one stream is read from memory faster than several side by side,
+// and what comes next in it is asked for all the time.
+template <int TOKENS, typename Sink>
+static void stream_rows(const Matrix& m, int64_t& row, int64_t stop, const Input& x, int64_t token, Sink& sink) {
+    const float* weight = static_cast<const float*>(m.weight) + row * m.columns;
+    for (; row < stop; row++, weight += m.columns)
+        produce<1, TOKENS>(m, row, x, token, {reinterpret_cast<const char*>(weight) + 1536, LANES * 4}, sink);
+}
+
 // Rows `row` ... `stop` - 1 of a product, for all tokens; `sink(token, row, value)` takes one
 // output or those of several rows.
 template <typename Sink>
@@ -390,10 +415,23 @@ static void multiply(const Matrix& m, int64_t row, int64_t stop, const Input& x,
     for (int64_t token = 0; token < tokens; token += TOGETHER) {
         const int64_t end = tokens < token + TOGETHER ? tokens : token + TOGETHER;
         int64_t r = row;
+        if (m.bits == 32) switch (end - token) {
+                case 1: stream_rows<1>(m, r, stop, x, token, sink); break;
+                case 2: stream_rows<2>(m, r, stop, x, token, sink); break;
+                case 3: stream_rows<3>(m, r, stop, x, token, sink); break;
+                case 4: stream_rows<4>(m, r, stop, x, token, sink); break;
+                case 5: stream_rows<5>(m, r, stop, x, token, sink); break;
+            }
         // As many outputs at once as there are registers for.
-        if (m.scale && end - token == 1)
+        for (; m.bits == 4 && r < stop; r = (r / BLOCK + 1) * BLOCK) {
+            int64_t t = token;
+            for (; t + 3 <= end; t += 3) produce4<3>(m, r, stop, x, t, sink);
+            if (t + 2 == end) produce4<2>(m, r, stop, x, t, sink);
+            if (t + 1 == end) produce4<1>(m, r, stop, x, t, sink);
+        }
+        if (m.bits == 8 && end - token == 1)
             for (; r + 8 <= stop; r += 8) produce_rows<8, 1>(m, r, x, token, end, sink);
-        if (m.scale)
+        if (m.bits == 8)
             for (; r + 4 <= stop; r += 4) produce_rows<4, 2>(m, r, x, token, end, sink);
         else
             for (; r + 4 <= stop; r += 4) produce_rows<4, 3>(m, r, x, token, end, sink);
@@ -411,18 +449,28 @@ static void rms_norm(const float* x, const float* weight, float* out, int64_t si
     for (int64_t j = 0; j < size; j++) out[j] = weight[j] * (x[j] * factor);
 }
 
-static float dot(const float* a, const float* b, int64_t size) {
-    vec acc = {};
+// The products of a vector with eight others, times `scale`.
+static inline void dots(const float* x, const float* const others[8], int64_t size, float scale, float* out) {
+    vec acc[8] = {};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) acc = fma(load(a + i), load(b + i), acc);
-    float s = sum(acc);
-    for (; i < size; i++) s = std::fma(a[i], b[i], s);
-    return s;
+    for (; i + LANES <= size; i += LANES) {
+        const vec part = load(x + i);
+        for (int k = 0; k < 8; k++) acc[k] = fma(part, load(others[k] + i), acc[k]);
+    }
+    quad low = sum4(acc[0], acc[1], acc[2], acc[3]), high = sum4(acc[4], acc[5], acc[6], acc[7]);
+    for (; i < size; i++)
+        for (int k = 0; k < 4; k++) {
+            low[k] = std::fma(x[i], others[k][i], low[k]);
+            high[k] = std::fma(x[i], others[k + 4][i], high[k]);
+        }
+    put(out, low * scale);
+    put(out + 4, high * scale);
 }
 
 // 16-bit integers and their common factor, exact enough not to show beside 8-bit weights; and, if they are wanted, their
-// sums in groups.
+// sums in groups, the integers then as bytes, see `Input`.
 static void quantise(const float* x, int16_t* out, float* factor, float* sums, int64_t size) {
+    constexpr float MOST = 127 * 256 + 127;  // the low byte has a sign, too
     const ivec magnitude = reinterpret_cast<ivec>(vec{}) + 0x7FFFFFFF;
     ivec largest_bits = {};  // of floats without their sign, which are ordered like integers
     int64_t i = 0;
@@ -440,22 +488,39 @@ static void quantise(const float* x, int16_t* out, float* factor, float* sums, i
     float largest;
     std::memcpy(&largest, &most, sizeof largest);
     const bool finite = most < 0x7F800000;
-    *factor = finite ? largest / 32767.0f : NAN;
-    const float inverse = finite && largest > 0 ? 32767.0f / largest : 0;
+    *factor = finite ? largest / MOST : NAN;
+    const float inverse = finite && largest > 0 ? MOST / largest : 0;
     const vec magic = all(12582912.0f);  // rounds to the nearest integer, in the low bits
-    i = finite ? 0 : size;
-    if (!finite) std::memset(out, 0, size * sizeof *out);
-    for (; i + LANES <= size; i += LANES) {
-        const ivec rounded = reinterpret_cast<ivec>(fma(load(x + i), all(inverse), magic)) - 0x4B400000;
-        const svec narrow = __builtin_convertvector(rounded, svec);
-        std::memcpy(out + i, &narrow, sizeof narrow);
+    const auto rounded = [&](int64_t at) {
+        return reinterpret_cast<ivec>(fma(load(x + at), all(inverse), magic)) - 0x4B400000;
+    };
+    if (!finite) {
+        std::memset(out, 0, size * sizeof *out);
+        std::fill_n(sums, sums ? size / GROUP : 0, 0.0f);
+        return;
     }
+    i = 0;
+    if (!sums)
+        for (; i + LANES <= size; i += LANES) {
+            const svec narrow = __builtin_convertvector(rounded(i), svec);
+            std::memcpy(out + i, &narrow, sizeof narrow);
+        }
+    else
+        for (int8_t* high = reinterpret_cast<int8_t*>(out); i < size; i += GROUP) {
+            ivec total = {};
+            for (int64_t j = i; j < i + GROUP; j += LANES) {
+                const ivec number = rounded(j), low = number << 24 >> 24;
+                const bvec upper = __builtin_convertvector((number - low) >> 8, bvec);
+                const bvec lower = __builtin_convertvector(low, bvec);
+                std::memcpy(high + j, &upper, sizeof upper);
+                std::memcpy(high + size + j, &lower, sizeof lower);
+                total += number;
+            }
+            int32_t added = 0;
+            for (int lane = 0; lane < LANES; lane++) added += total[lane];
+            sums[i / GROUP] = float(added);
+        }
     for (; i < size; i++) out[i] = int16_t(std::lrintf(x[i] * inverse));
-    for (int64_t g = 0; sums && g < grouped(size); g++) {
-        int32_t total = 0;
-        for (int64_t j = g * GROUP; j < (g + 1) * GROUP && g < size / GROUP; j++) total += out[j];
-        sums[g] = float(total);
-    }
 }
 
 namespace {
@@ -471,12 +536,16 @@ class Run {
         keys.resize(n * keys_width);
         values.resize(n * keys_width);
         attended.resize(n * queries_width);
+        gates.resize(n * s.intermediate);
         gated.resize(n * s.intermediate);
         last.resize(step.kept * s.hidden);
         const int64_t widest = std::max(std::max(s.hidden, s.intermediate), queries_width);
         whole.resize(n * widest);
         factor.resize(n);
-        sums.resize(n * (widest / GROUP + 8));
+        sums.resize(n * (widest / GROUP));
+        for (int64_t t = 0; t < n; t++)
+            if (!t || step.slot[t] != step.slot[t - 1] || t - together.back() == TOGETHER) together.push_back(t);
+        together.push_back(n);
     }
 
     void start(int count) {
@@ -526,13 +595,16 @@ class Run {
     }
 
   private:
+    static constexpr int64_t TOGETHER = 4;
+
     const Shape& s;
     const Layer* layers;
     const Step& step;
     int threads = 1;
     int64_t queries_width, keys_width;
-    std::vector<float> normed, queries, keys, values, attended, gated, last, factor, sums;
-    std::vector<int16_t> whole;
+    buffer<float> normed, queries, keys, values, attended, gates, gated, last, factor, sums;
+    buffer<int16_t> whole;
+    std::vector<int64_t> together;  // the first tokens of groups of one sequence that attend together, and the end
     std::vector<std::atomic<int64_t>> next;  // the next part of every thread's range, for each phase
 
     static void barrier() {
@@ -562,8 +634,8 @@ class Run {
 
     // What `m` wants of the input of token t.
     void integers(const Matrix& m, const float* real, int64_t t, int64_t width) {
-        if (m.scale)
-            quantise(real, &whole[t * width], &factor[t], m.minimum ? &sums[t * grouped(width)] : nullptr, width);
+        if (m.bits < 32)
+            quantise(real, &whole[t * width], &factor[t], m.bits == 4 ? &sums[t * (width / GROUP)] : nullptr, width);
     }
 
     void norm_all(const float* weight, const Matrix& reader, int thread) {
@@ -575,7 +647,7 @@ class Run {
 
     // The input of a product whose values have just been computed in parts by all threads.
     Input prepared(const Matrix& m, const float* real, int64_t width, int thread) {
-        if (m.scale) {
+        if (m.bits < 32) {
             for (int64_t t = thread; t < step.tokens; t += threads) integers(m, real + t * width, t, width);
             barrier();
         }
@@ -624,57 +696,107 @@ class Run {
     }
 
     void attend(const Layer& layer, int phase, int thread) {
-        const int64_t fold = s.heads / s.key_heads;
-        std::vector<float> scores;
-        parts(phase, thread, step.tokens * s.heads, step.tokens > 16 ? s.heads : 1, [&](int64_t begin, int64_t end) {
-            for (int64_t item = begin; item < end; item++) {
-                const int64_t t = item / s.heads, h = item % s.heads;
-                const int64_t prefix = step.prefix[t];
-                const int32_t* more = step.more + step.first[t];
-                const int64_t seen = prefix + step.first[t + 1] - step.first[t];
-                const int64_t base = (step.slot[t] * s.key_heads + h / fold) * s.capacity * s.head_size;
-                const float* query = &queries[t * queries_width + h * s.head_size];
-                scores.assign(seen + LANES, -INFINITY);
-                float largest = -INFINITY;
-                for (int64_t j = 0; j < seen; j++) {
-                    const int64_t place = j < prefix ? j : more[j - prefix];
-                    scores[j] = dot(query, layer.keys + base + place * s.head_size, s.head_size) * s.scale;
-                    largest = scores[j] > largest ? scores[j] : largest;
+        const int64_t groups = int64_t(together.size()) - 1;
+        buffer<float> scores;
+        parts(phase, thread, groups * s.heads, groups > 4 ? s.heads : 1, [&](int64_t begin, int64_t end) {
+            for (int64_t item = begin; item < end; item++)
+                switch (s.head_size) {  // sizes that the compiler had better know
+                    case 64: look<64>(layer, item, scores); break;
+                    case 128: look<128>(layer, item, scores); break;
+                    default: look<0>(layer, item, scores);
                 }
-                vec totals = {};
-                for (int64_t j = 0; j < seen; j += LANES) {
-                    const vec raised = load(&scores[j]) - largest;
-                    vec e = exponential(raised);
-                    e = raised < -87.0f ? vec{} : e;
-                    e = raised == raised ? e : raised;  // what is not a number stays so
-                    store(&scores[j], e);
-                    totals += e;
-                }
-                weigh(layer.values + base, more, prefix, seen, &scores[0], 1.0f / sum(totals),
-                      &attended[t * queries_width + h * s.head_size]);
-            }
         });
     }
 
-    // The mean of the values that a token sees, weighted by its scores.
-    void weigh(const float* all_values, const int32_t* more, int64_t prefix, int64_t seen, const float* weight,
-               float factor, float* out) const {
-        constexpr int WIDE = 8;
-        int64_t d = 0;
-        for (; d + WIDE * LANES <= s.head_size; d += WIDE * LANES) {
-            vec acc[WIDE] = {};
-            for (int64_t j = 0; j < seen; j++) {
-                const float* v = all_values + (j < prefix ? j : more[j - prefix]) * s.head_size + d;
-                for (int i = 0; i < WIDE; i++) acc[i] = fma(all(weight[j]), load(v + i * LANES), acc[i]);
+    // Where the j-th of the entries that a token sees lies in its slot.
+    int64_t entry(int64_t token, int64_t j) const {
+        const int64_t prefix = step.prefix[token];
+        return j < prefix ? j : step.more[step.first[token] + j - prefix];
+    }
+
+    // One head of a group of tokens. They go through the keys and values of their sequence side by side, a few of these
+    // at a time, which so come from memory once.
+    template <int SIZE>
+    void look(const Layer& layer, int64_t item, buffer<float>& scores) {
+        constexpr int64_t FEW = 64;
+        const int64_t start = together[item / s.heads], stop = together[item / s.heads + 1], head = item % s.heads;
+        const int64_t size = SIZE ? SIZE : s.head_size, first = step.slot[start] * s.key_heads + head / (s.heads / s.key_heads);
+        const float *keys = layer.keys + first * s.capacity * size, *values = layer.values + first * s.capacity * size;
+        int64_t seen[TOGETHER], most = 0;
+        for (int64_t t = start; t < stop; t++) {
+            seen[t - start] = step.prefix[t] + step.first[t + 1] - step.first[t];
+            most = std::max(most, seen[t - start]);
+        }
+        const int64_t width = most + 2 * LANES;
+        scores.resize((stop - start) * width);
+        for (int64_t from = 0; from < most; from += FEW)
+            for (int64_t t = start; t < stop; t++) {
+                const float* query = &queries[t * queries_width + head * size];
+                float* own = &scores[(t - start) * width];
+                const int64_t end = std::min(from + FEW, seen[t - start]);
+                for (int64_t j = from; j < end; j += 8) {
+                    const float* eight[8];
+                    const bool whole = j + 8 <= step.prefix[t];
+                    for (int64_t i = 0; i < 8; i++)
+                        eight[i] = keys + (whole ? j + i : entry(t, std::min(j + i, end - 1))) * size;
+                    if (t == start && whole)  // the first one asks for what comes next
+                        for (int64_t i = 0; i < 8 * size; i += 16) __builtin_prefetch(eight[7] + size + i, 0, 3);
+                    dots(query, eight, size, s.scale, own + j);
+                }
             }
-            for (int i = 0; i < WIDE; i++) store(out + d + i * LANES, acc[i] * factor);
+        float factors[TOGETHER];
+        for (int64_t t = start; t < stop; t++) {
+            float* own = &scores[(t - start) * width];
+            std::fill(own + seen[t - start], own + width, -INFINITY);
+            factors[t - start] = 1.0f / exponentials(own, seen[t - start]);
+            std::fill_n(&attended[t * queries_width + head * size], size, 0.0f);
         }
-        for (; d < s.head_size; d++) {
-            float acc = 0;
-            for (int64_t j = 0; j < seen; j++)
-                acc = std::fma(weight[j], all_values[(j < prefix ? j : more[j - prefix]) * s.head_size + d], acc);
-            out[d] = acc * factor;
+        for (int64_t from = 0; from < most; from += FEW)
+            for (int64_t t = start; t < stop; t++) {
+                const int64_t end = std::min(from + FEW, seen[t - start]);
+                if (from < end)
+                    weigh(values, size, t, from, end, &scores[(t - start) * width], &attended[t * queries_width + head * size]);
+            }
+        for (int64_t t = start; t < stop; t++)
+            for (int64_t d = 0; d < size; d++) attended[t * queries_width + head * size + d] *= factors[t - start];
+    }
+
+    // In place of scores what e to their power is, after the largest is taken off; returns the sum. There are `LANES` more,
+    // which are -infinity.
+    static float exponentials(float* scores, int64_t count) {
+        vec most = all(-INFINITY), totals = {};
+        for (int64_t j = 0; j < count; j += LANES) most = load(scores + j) > most ? load(scores + j) : most;
+        float largest = -INFINITY;
+        for (int lane = 0; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest;
+        for (int64_t j = 0; j < count; j += LANES) {
+            const vec raised = load(scores + j) - largest;
+            vec e = exponential(raised);
+            e = raised < -87.0f ? vec{} : e;
+            e = raised == raised ? e : raised;  // what is not a number stays so
+            store(scores + j, e);
+            totals += e;
         }
+        return sum(totals);
+    }
+
+    // Add to `out` the values `from` ... `end` - 1 that a token sees, times their weights.
+    inline void weigh(const float* values, int64_t size, int64_t token, int64_t from, int64_t end, const float* weight,
+                      float* out) const {
+        constexpr int WIDE = 8;
+        const int64_t middle = std::max(from, std::min<int64_t>(end, step.prefix[token]));
+        int64_t d = 0;
+        for (; d + WIDE * LANES <= size; d += WIDE * LANES) {
+            vec acc[WIDE];
+            for (int i = 0; i < WIDE; i++) acc[i] = load(out + d + i * LANES);
+            const auto take = [&](const float* v, float part) {
+                for (int i = 0; i < WIDE; i++) acc[i] = fma(all(part), load(v + i * LANES), acc[i]);
+            };
+            for (int64_t j = from; j < middle; j++) take(values + j * size + d, weight[j]);
+            for (int64_t j = middle; j < end; j++) take(values + entry(token, j) * size + d, weight[j]);
+            for (int i = 0; i < WIDE; i++) store(out + d + i * LANES, acc[i]);
+        }
+        for (; d < size; d++)
+            for (int64_t j = from; j < end; j++) out[d] = std::fma(weight[j], values[entry(token, j) * size + d], out[d]);
     }
 
     void add(const Matrix& m, const Input& x, int phase, int thread) {
@@ -688,20 +810,18 @@ class Run {
 
     void gate(const Layer& layer, const Input& x, int phase, int thread) {
         parts(phase, thread, s.intermediate, 32, [&](int64_t begin, int64_t end) {
-            std::vector<float> gates(step.tokens * (end - begin));
-            const int64_t width = end - begin;
             multiply(layer.gate, begin, end, x, step.tokens,
-                     [&](int64_t t, int64_t r, auto y) { put(&gates[t * width + r - begin], y); });
+                     [&](int64_t t, int64_t r, auto y) { put(&gates[t * s.intermediate + r], y); });
             multiply(layer.up, begin, end, x, step.tokens,
                      [&](int64_t t, int64_t r, auto y) { put(&gated[t * s.intermediate + r], y); });
             for (int64_t t = 0; t < step.tokens; t++)
-                for (int64_t i = 0; i < width; i += LANES) {
-                    const int64_t count = std::min<int64_t>(LANES, width - i);
+                for (int64_t i = begin; i < end; i += LANES) {
+                    const int64_t count = std::min<int64_t>(LANES, end - i);
                     vec g = {};
-                    std::memcpy(&g, &gates[t * width + i], count * sizeof(float));
+                    std::memcpy(&g, &gates[t * s.intermediate + i], count * sizeof(float));
                     vec y = g / (1.0f + exponential(-g));
                     y = g == g ? y : g;
-                    float* up = &gated[t * s.intermediate + begin + i];
+                    float* up = &gated[t * s.intermediate + i];
                     for (int64_t j = 0; j < count; j++) up[j] *= y[j];
                 }
         });

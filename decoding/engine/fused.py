@@ -32,9 +32,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from decoding.engine.cache import KVCache
+from decoding.engine.cache import LINE, KVCache
 from decoding.engine.packing import Places
-from decoding.engine.precision import GROUP, int4_groups, int8_rows, kept_as
+from decoding.engine.precision import int4_groups, int8_rows, kept_as
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-e
 _SHAPES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """transformers' classes whose layers are the ones of `fused.cpp`."""
 
+_BLOCK = 8  # rows of four bits that are multiplied together
 _COMPILE_SECONDS = 120
 
 
@@ -52,10 +53,10 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
-        ("minimum", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
     )
 
 
@@ -157,19 +158,19 @@ class FusedModel:
 
     def _matrix(self, layer: Any, *, head: bool = False) -> Matrix:
         weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
-        scale = minimum = None
+        scale = None
         rows, columns = weight.shape
         kind = kept_as(self.weights, columns, head=head)
         if kind == "int8":
             weight, factor = int8_rows(weight)
             scale = self._pointer(factor)
         elif kind == "int4":
-            whole, factor, least = int4_groups(weight)
-            weight = (whole[..., : GROUP // 2] | whole[..., GROUP // 2 :] << 4).flatten(1)
-            padding = (0, -factor.shape[1] % 8)
-            scale, minimum = self._pointer(F.pad(factor, padding)), self._pointer(F.pad(least, padding))
+            weight = _blocks(*int4_groups(weight))
+        elif weight.data_ptr() % LINE:  # as in most files; the model reads the copy, too, so that there is one of them
+            weight = layer.weight.data = weight.clone()
         pointer = self._pointer(weight)
-        return Matrix(pointer, scale, minimum, None if bias is None else self._pointer(bias), rows, columns)
+        bits = {"float32": 32, "int8": 8, "int4": 4}[kind]
+        return Matrix(pointer, scale, None if bias is None else self._pointer(bias), rows, columns, bits)
 
     def forward(
         self, tokens: np.ndarray, places: Places, keep: np.ndarray, layers: int, capture: Sequence[int]
@@ -199,6 +200,17 @@ class FusedModel:
         )
         self._run(ctypes.byref(self._shape), self._layers, ctypes.byref(step))
         return logits, captured
+
+
+def _blocks(whole: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+    """[bytes] weights of four bits, from `int4_groups`, in the order that `fused.cpp` wants."""
+    pad = -len(whole) % _BLOCK
+    whole, scale, minimum = (F.pad(x, (0,) * (2 * x.dim() - 1) + (pad,)) for x in (whole, scale, minimum))
+    # [blocks, rows, groups, eights of columns, halves of these, columns]
+    parts = whole.unflatten(0, (-1, _BLOCK)).unflatten(-1, (-1, 2, 4))
+    packed = (parts[..., 0, :] | parts[..., 1, :] << 4).permute(0, 2, 3, 1, 4).flatten(2)
+    numbers = (x.unflatten(0, (-1, _BLOCK)).mT.contiguous().view(torch.uint8) for x in (scale, minimum))
+    return torch.cat([packed, *numbers], dim=-1).flatten()
 
 
 def fits(model: PreTrainedModel, cache: KVCache) -> bool:
