@@ -212,6 +212,7 @@ static inline void tile(const Matrix& m, int64_t row, const Input& x, int64_t to
     const float* v = x.real + token * x.width;
     vec acc[ROWS][TOKENS] = {};
     int64_t k = 0;
+#pragma GCC unroll 4
     for (; k + LANES <= columns; k += LANES) {
         vec b[TOKENS];
         for (int t = 0; t < TOKENS; t++) b[t] = once(load(v + t * x.width + k));
@@ -245,6 +246,7 @@ static inline void tile8(const Matrix& m, int64_t row, const Input& x, int64_t t
         __m256i acc[ROWS][TOKENS];
         for (int r = 0; r < ROWS; r++)
             for (int t = 0; t < TOKENS; t++) acc[r][t] = _mm256_setzero_si256();
+#pragma GCC unroll 4
         for (; k + 16 <= end; k += 16) {
             __m256i b[TOKENS];
             ahead.ask();
