@@ -40,22 +40,32 @@ class SelfSpeculation(Drafter):
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
         cache = self._backend.engine.cache
         committed = [int(cache.lengths[sequence.slot]) for sequence in sequences]
-
-        def ahead(active: list[int], guesses: list[list[int]]) -> torch.Tensor:
-            rows = []
-            for i, guess in zip(active, guesses, strict=True):
-                text = sequences[i].tokens + guess
-                rows.append(Row(sequences[i].slot, text[cache.lengths[sequences[i].slot] :], Block()))
-            logits = self._cheaper(rows)
-            for row in rows:
-                cache.commit(row.slot, row.pending)  # for as long as this draft is made
-            return logits
-
         try:
-            return guess_ahead(sequences, lengths, ahead, self._confident)
+            return self._guess(sequences, lengths)
         finally:
             for sequence, length in zip(sequences, committed, strict=True):
                 cache.truncate(sequence.slot, length)
+
+    def _guess(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
+        """Drafts. What the cache gains is given back later."""
+
+        def ahead(active: list[int], guesses: list[list[int]]) -> torch.Tensor:
+            rows = self._rows([sequences[i] for i in active], guesses)
+            logits = self._cheaper(rows)
+            for row in rows:
+                self._backend.engine.cache.commit(row.slot, row.pending)  # for as long as this draft is made
+            return logits
+
+        return guess_ahead(sequences, lengths, ahead, self._confident)
+
+    def _rows(self, sequences: List[Sequence], guesses: List[list[int]]) -> list[Row]:
+        """What of the sequences and the guesses behind them is not in the cache."""
+        rows = []
+        for sequence, guess in zip(sequences, guesses, strict=True):
+            known = int(self._backend.engine.cache.lengths[sequence.slot])
+            behind = guess[max(0, known - len(sequence.tokens)) :]
+            rows.append(Row(sequence.slot, [*sequence.tokens[known:], *behind], Block()))
+        return rows
 
 
 @dataclass(eq=False)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from decoding.drafting import Draft
+from decoding.engine.block import Block
 from decoding.engine.latency import LatencyModel, latency_of
 from decoding.engine.packing import Row
 from decoding.engine.precision import WEIGHTS
@@ -21,6 +23,7 @@ from drafters.layer_skip import SelfSpeculation
 
 if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
+    from decoding.engine.sequence import Sequence
 
 
 _NOISE = 0.1
@@ -52,6 +55,27 @@ class Quantised(SelfSpeculation):
         backend.engine.runner.hold(self.weights)
         self._backend = backend
         self._latency = None
+
+    def _guess(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
+        if any(sequence.params.temperature > 0 for sequence in sequences):
+            return super()._guess(sequences, lengths)
+        cache, runner = self._backend.engine.cache, self._backend.engine.runner
+        guesses: list[list[int]] = [[] for _ in sequences]
+        leads: list[list[float]] = [[] for _ in sequences]
+        done = 0
+        for length in sorted({length for length in lengths if length > 0}):  # as far as the shortest one left
+            active = [i for i, own in enumerate(lengths) if own >= length]
+            rows = self._rows([sequences[i] for i in active], [guesses[i] for i in active])
+            tokens, lead = runner.favoured(rows, length - done, self.weights)
+            for i, row, new, by in zip(active, rows, tokens.T.tolist(), lead.T.tolist(), strict=True):
+                cache.commit(row.slot, [*row.pending, *new[:-1]])
+                guesses[i] += new
+                leads[i] += by
+            done = length
+        return [
+            Draft(Block(tokens), confidence=torch.sigmoid(torch.tensor(lead) / _NOISE).tolist())
+            for tokens, lead in zip(guesses, leads, strict=True)
+        ]
 
     def _cheaper(self, rows: List[Row]) -> torch.Tensor:
         return self._backend.engine.runner.forward(rows, weights=self.weights)

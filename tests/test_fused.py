@@ -79,6 +79,44 @@ def test_a_token_has_the_same_bits_in_any_step(weights: str) -> None:
     assert not torch.equal(runner.forward([Row(0, [8, *PROMPT[1:]], Block(CHAIN))])[1], expected[1])
 
 
+@pytest.mark.parametrize("size", [20, 64, 128])
+def test_long_texts_have_the_same_bits_read_at_once_or_bit_by_bit(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", head_dim=size)
+    runner, theirs = Runner(model, slots=2, capacity=256), layers_only(monkeypatch, model, slots=2, capacity=256)
+    text = [i * 37 % 250 for i in range(203)]
+    whole = runner.forward([Row(0, text[:1], Block(text[1:]))])
+    torch.testing.assert_close(whole, theirs.forward([Row(0, text[:1], Block(text[1:]))]), rtol=1e-4, atol=5e-5)
+    at = 0
+    for count in (1, 2, 3, 4, 5, 6, 7, 61, 90, 24):
+        part = runner.forward([Row(1, text[at : at + 1], Block(text[at + 1 : at + count]))])
+        assert torch.equal(part, whole[at : at + count])
+        runner.cache.commit(1, text[at : at + count])
+        at += count
+    assert at == len(text)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_favoured_tokens_are_those_of_steps_one_by_one(weights: str) -> None:
+    runner = Runner(tiny_model("llama", hidden_size=96, intermediate_size=544), slots=4, capacity=64)
+    runner.hold(weights)
+    runner.forward([Row(2, PROMPT, Block())])
+    runner.cache.commit(2, PROMPT)
+    rows = [Row(2, [9], Block()), Row(0, PROMPT, Block()), Row(1, [4, 5], Block())]
+    tokens, leads = runner.favoured(rows, 6, weights)
+    assert tokens.shape == leads.shape == (6, 3) and list(runner.cache.lengths) == [0, 0, len(PROMPT), 0]
+    for level in range(6):
+        logits = runner.forward(rows, weights=weights)
+        best = logits.topk(2)
+        assert best.indices[:, 0].tolist() == tokens[level].tolist()
+        assert torch.equal(best.values[:, 0] - best.values[:, 1], torch.from_numpy(leads[level]))
+        for row in rows:
+            runner.cache.commit(row.slot, row.pending)
+        rows = [Row(row.slot, [token], Block()) for row, token in zip(rows, tokens[level].tolist(), strict=True)]
+    runner.cache.values[0][:] = float("nan")
+    tokens, leads = runner.favoured(rows, 2, weights)  # whatever it says, it names tokens
+    assert ((tokens >= 0) & (tokens < runner.vocab)).all()
+
+
 def test_the_number_of_threads_changes_no_bit() -> None:
     runner = Runner(tiny_model("llama", hidden_size=96, intermediate_size=272), slots=2, capacity=64)
     rows = [Row(0, PROMPT, Block(CHAIN)), Row(1, [3], Block([4, 5, 6]))]

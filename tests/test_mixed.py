@@ -26,6 +26,7 @@ from decoding.trace import origins, speculation
 from decoding.types import SamplingParams
 from drafters import CrossVocabulary, LayerSkip, Mixed, Quantised
 from drafters.cross_vocabulary import Translation
+from drafters.layer_skip import SelfSpeculation
 from drafters.mixed import _Tree
 from tests.greedy import greedy_reference, prompts, run
 from tests.test_drafters import KeepsTheFirstGuess, accepted, chi_square, outcomes, text
@@ -230,6 +231,36 @@ def test_a_quantised_copy_guesses_for_its_original_and_is_often_right(weights: s
     broken = run(backend.engine, [(p, KeepsTheFirstGuess(drafter, 4)) for p in inputs], params)
     assert [s.new_tokens for s in broken] != [s.new_tokens for s in results]
     assert all(p is q for p, q in zip(model.parameters(), backend.model.parameters(), strict=True))
+
+
+def test_quantised_drafts_of_several_lengths_are_those_made_level_by_level() -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    backend = LocalBackend(model, tiny_tokenizer(), slots=4, capacity=96)
+    if backend.engine.runner.fused is None:
+        pytest.skip("there is no C++ compiler here")
+    drafter = Quantised("int8")
+    drafter.attach(backend)
+    compared: list[int] = []
+
+    class Compared(SpeculativeDecoder):
+        def plan(self, sequences: List[Sequence]) -> list[Block]:
+            lengths = [1 + (s.id * 3 + len(s.tokens)) % 5 for s in sequences]
+            lengths[0] = 0
+            at_once, by_level = drafter.propose(sequences, lengths), stepwise(sequences, lengths)
+            assert [draft.block for draft in at_once] == [draft.block for draft in by_level]
+            for one, other in zip(at_once, by_level, strict=True):
+                assert one.confidence == pytest.approx(other.confidence)
+            compared.extend(len(draft.block) for draft in at_once)
+            return super().plan(sequences)
+
+    def stepwise(sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Quantised, "_guess", SelfSpeculation._guess)
+            return drafter.propose(sequences, lengths)
+
+    decoder = Compared(drafter, 2)
+    run(backend.engine, [(p, decoder) for p in prompts(4, seed=3)], SamplingParams(max_new_tokens=12))
+    assert set(compared) == {0, 1, 2, 3, 4, 5}
 
 
 def bytes_reversed() -> PreTrainedTokenizerFast:

@@ -146,16 +146,22 @@ struct Shape {
 };
 
 // What a step runs. Token t lies in `slot[t]` at `place[t]`, stands at `position[t]`, and sees the first `prefix[t]`
-// entries of its slot and then `more[first[t]] ... more[first[t + 1] - 1]`.
+// entries of its slot and then `more[first[t]] ... more[first[t + 1] - 1]`. All of it may be overwritten.
+//
+// With `levels`, that many steps follow one another: every kept token, which sees nothing of `more`, is followed by the
+// token that its logits favour, and those are the tokens of the next step.
 struct Step {
     int64_t tokens, layers, kept, captures;
-    float* hidden;  // [tokens, hidden], overwritten
-    const int32_t *slot, *place, *position, *prefix, *first, *more;
-    const int32_t* keep;  // [kept] tokens whose logits are wanted
-    float* logits;        // [kept, vocabulary]
+    float* hidden;  // [tokens, hidden]
+    int32_t *slot, *place, *position, *prefix, *first, *more;
+    int32_t* keep;  // [kept] tokens whose logits are wanted, in order
+    float* logits;  // [kept, vocabulary]
     const int32_t* capture;  // [captures] layers whose output is wanted
     float* captured;         // [tokens, captures, hidden]
-    int64_t threads;
+    int64_t threads, levels;
+    const float* embedding;  // [vocabulary, hidden]
+    int32_t* favoured;       // [levels, kept] tokens
+    float* lead;             // [levels, kept] of their logits on the next best
 };
 
 }  // extern "C"
@@ -545,18 +551,88 @@ class Run {
         whole.resize(n * widest);
         factor.resize(n);
         sums.resize(n * (widest / GROUP));
-        for (int64_t t = 0; t < n; t++)
-            if (!t || step.slot[t] != step.slot[t - 1] || t - together.back() == TOGETHER) together.push_back(t);
-        together.push_back(n);
+        gather();
     }
 
     void start(int count) {
         threads = count;
-        next = std::vector<std::atomic<int64_t>>((5 * step.layers + 1) * threads);
+        next = std::vector<std::atomic<int64_t>>((5 * step.layers + 1) * threads * std::max<int64_t>(1, step.levels));
     }
 
     void work(int thread) {
         int phase = 0;
+        pass(thread, phase);
+        for (int64_t level = 0; level < step.levels; level++) {
+            barrier();
+            for (int64_t i = thread; i < step.kept; i += threads) favour(i, level);
+            barrier();
+            if (level + 1 == step.levels) break;
+            if (thread == 0) follow(level);
+            barrier();
+            pass(thread, phase);
+        }
+    }
+
+  private:
+    static constexpr int64_t TOGETHER = 4;
+
+    const Shape& s;
+    const Layer* layers;
+    Step step;
+    int threads = 1;
+    int64_t queries_width, keys_width;
+    buffer<float> normed, queries, keys, values, attended, gates, gated, last, factor, sums;
+    buffer<int16_t> whole;
+    std::vector<int64_t> together;  // the first tokens of groups of one sequence that attend together, and the end
+    std::vector<std::atomic<int64_t>> next;  // the next part of every thread's range, for each phase
+
+    void gather() {
+        together.clear();
+        for (int64_t t = 0; t < step.tokens; t++)
+            if (!t || step.slot[t] != step.slot[t - 1] || t - together.back() == TOGETHER) together.push_back(t);
+        together.push_back(step.tokens);
+    }
+
+    // The largest logit of a kept token, the first of several, and its lead.
+    void favour(int64_t i, int64_t level) {
+        const float* logits = step.logits + i * s.vocabulary;
+        vec first = all(-INFINITY), second = first;
+        int64_t j = 0;
+        for (; j + LANES <= s.vocabulary; j += LANES) {
+            const vec x = load(logits + j), lesser = x > first ? first : x;
+            first = x > first ? x : first;
+            second = lesser > second ? lesser : second;
+        }
+        float best = -INFINITY, other = -INFINITY;
+        const auto take = [&](float x) {
+            other = std::max(other, std::min(best, x));
+            best = std::max(best, x);
+        };
+        for (int lane = 0; lane < LANES; lane++) take(first[lane]), take(second[lane]);
+        for (; j < s.vocabulary; j++) take(logits[j]);
+        const float* at = std::find(logits, logits + s.vocabulary, best);
+        step.favoured[level * step.kept + i] = at == logits + s.vocabulary ? 0 : int32_t(at - logits);
+        step.lead[level * step.kept + i] = best - other;
+    }
+
+    // Put what was favoured in the place of the step's tokens, one for each that was kept.
+    void follow(int64_t level) {
+        for (int64_t i = 0; i < step.kept; i++) {
+            const int64_t t = step.keep[i];
+            step.slot[i] = step.slot[t];
+            step.place[i] = step.place[t] + 1;
+            step.position[i] = step.position[t] + 1;
+            step.prefix[i] = step.prefix[t] + 1;
+            step.first[i + 1] = step.first[0];
+            step.keep[i] = int32_t(i);
+            const float* row = step.embedding + step.favoured[level * step.kept + i] * s.hidden;
+            std::memcpy(step.hidden + i * s.hidden, row, s.hidden * sizeof(float));
+        }
+        step.tokens = step.kept;
+        gather();
+    }
+
+    void pass(int thread, int& phase) {
         for (int64_t l = 0; l < step.layers; l++) {
             const Layer& layer = layers[l];
             norm_all(layer.input_norm, layer.query, thread);
@@ -595,19 +671,6 @@ class Run {
                      [&](int64_t t, int64_t r, auto y) { put(step.logits + t * s.vocabulary + r, y); });
         });
     }
-
-  private:
-    static constexpr int64_t TOGETHER = 4;
-
-    const Shape& s;
-    const Layer* layers;
-    const Step& step;
-    int threads = 1;
-    int64_t queries_width, keys_width;
-    buffer<float> normed, queries, keys, values, attended, gates, gated, last, factor, sums;
-    buffer<int16_t> whole;
-    std::vector<int64_t> together;  // the first tokens of groups of one sequence that attend together, and the end
-    std::vector<std::atomic<int64_t>> next;  // the next part of every thread's range, for each phase
 
     static void barrier() {
 #pragma omp barrier

@@ -86,7 +86,8 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "layers", "kept", "captures")),
         *((name, ctypes.c_void_p) for name in ("hidden", "slot", "place", "position", "prefix", "first", "more")),
         *((name, ctypes.c_void_p) for name in ("keep", "logits", "capture", "captured")),
-        ("threads", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("threads", "levels")),
+        *((name, ctypes.c_void_p) for name in ("embedding", "favoured", "lead")),
     )
 
 
@@ -176,15 +177,35 @@ class FusedModel:
         self, tokens: np.ndarray, places: Places, keep: np.ndarray, layers: int, capture: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [kept, vocab] and the outputs [tokens, captured layers, hidden] of the layers in `capture`."""
-        hidden = self._embedding[torch.from_numpy(tokens)]
         logits = torch.empty(len(keep), self.vocab)
         captured = torch.empty(len(tokens), len(capture), self._hidden)
-        kept, wanted = keep.astype(np.int32), np.asarray(capture, dtype=np.int32)
+        wanted = np.asarray(capture, dtype=np.int32)
+        self._step(
+            tokens, places, keep, logits,
+            layers=layers, captures=len(capture), capture=wanted.ctypes.data, captured=captured.data_ptr(),
+        )  # fmt: skip
+        return logits, captured
+
+    def favoured(
+        self, tokens: np.ndarray, places: Places, keep: np.ndarray, levels: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What follows the tokens in `keep`, each the last of a row of pending ones, if the most likely token is taken
+        so many times: the tokens [levels, kept], and by how much their logits exceed the next best [levels, kept].
+        Overwrites `places`."""
+        best, lead = np.empty((levels, len(keep)), dtype=np.int32), np.empty((levels, len(keep)), dtype=np.float32)
+        self._step(
+            tokens, places, keep, torch.empty(len(keep), self.vocab),
+            layers=len(self._layers), levels=levels, embedding=self._embedding.data_ptr(),
+            favoured=best.ctypes.data, lead=lead.ctypes.data,
+        )  # fmt: skip
+        return best, lead
+
+    def _step(self, tokens: np.ndarray, places: Places, keep: np.ndarray, logits: torch.Tensor, **more: int) -> None:
+        hidden = self._embedding[torch.from_numpy(tokens)]
+        kept = keep.astype(np.int32)
         step = Step(
             tokens=len(tokens),
-            layers=layers,
             kept=len(keep),
-            captures=len(capture),
             hidden=hidden.data_ptr(),
             slot=places.slot.ctypes.data,
             place=places.place.ctypes.data,
@@ -194,12 +215,10 @@ class FusedModel:
             more=places.more.ctypes.data,
             keep=kept.ctypes.data,
             logits=logits.data_ptr(),
-            capture=wanted.ctypes.data,
-            captured=captured.data_ptr(),
             threads=torch.get_num_threads(),
+            **more,
         )
         self._run(ctypes.byref(self._shape), self._layers, ctypes.byref(step))
-        return logits, captured
 
 
 def _blocks(whole: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:

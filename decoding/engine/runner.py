@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -171,6 +172,13 @@ class Runner:
             if self.features is not None:
                 self.features.view(-1, *self.features.shape[2:])[written] = captured
         return logits
+
+    def favoured(self, rows: Sequence[Row], levels: int, weights: str) -> tuple[np.ndarray, np.ndarray]:
+        """The next tokens of rows of pending tokens if the most likely one is taken `levels` times: these [levels,
+        rows], and by how much their logits exceed the next best [levels, rows]. All of it in one call, with weights
+        that `hold` has made ready. What is written to the cache is scratch, see `forward`."""
+        tokens, places, keep = flatten(rows, self.cache)
+        return self._held[weights].favoured(tokens, places, keep, levels)
 
     def keep_features(self, layers: Sequence[int]) -> None:
         """From now on capture these layers too, and keep what they put out for every token of the cache.
