@@ -70,26 +70,28 @@ def test_drafts_that_take_longer_than_stated_are_asked_for_less_unless_they_are_
     assert width.lengths(drafter, [sequence]) == [stated if temperature else 0] and stated > 0
 
 
-def test_prompts_in_the_step_count_as_what_it_brings() -> None:
-    """Where a step is long anyway, and every token makes it longer, guesses keep a prompt waiting."""
-    reading = [0]
-    live, drafter = Live(Table(1.0, 0.1), lambda: reading[0]), Oracle({}, seconds=0.1)
+def test_what_else_is_in_the_step_counts_as_what_it_brings() -> None:
+    """Where a step is long anyway, and every token makes it longer, guesses keep prompts and others waiting."""
+    others = [0]
+    live, drafter = Live(Table(1.0, 0.1), lambda sequences: others[0]), Oracle({}, seconds=0.1)
     width, sequence = Width(live), text([1, 2, 3])
     width._saved_up = 0.0  # no trial is due
     guess = Draft(Block([4, 5]), confidence=[0.5, 0.5])
     assert width.lengths(drafter, [sequence])[0] > 0 and len(width.trim([sequence], [guess])[0][0].block) == 2
-    reading[0] = 64
+    others[0] = 64
     assert width.lengths(drafter, [sequence]) == [0] and not width.trim([sequence], [guess])[0][0].block
 
 
-def test_the_engine_says_what_it_will_read() -> None:
+def test_the_engine_says_what_else_is_in_a_step() -> None:
     backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=4, capacity=64, step_tokens=40)
     backend.latency = Table()  # type: ignore[assignment]
     seen: list[int] = []
+    apart: list[int] = []
 
     class Watching(SpeculativeDecoder):
         def plan(self, sequences: List[Sequence]) -> list[Block]:
-            seen.append(backend.live.beside())
+            seen.append(backend.live.beside(len(sequences)))
+            apart.append(backend.live.beside(len(sequences) - 1))
             return super().plan(sequences)
 
     params, decoder = SamplingParams(max_new_tokens=5, ignore_eos=True), Watching(PromptLookup(), 2)
@@ -99,3 +101,4 @@ def test_the_engine_says_what_it_will_read() -> None:
     while backend.engine.busy:
         backend.engine.step()
     assert seen[0] > 0 and set(seen[2:]) == {0} and not first.error and not second.error
+    assert apart == [tokens + 1 for tokens in seen]

@@ -93,7 +93,7 @@ class LocalBackend(Backend):
     @cached_property
     def live(self) -> Live:
         """`latency`, corrected by what the engine's steps take as they run."""
-        live = Live(self.latency, lambda: self.engine.reading)
+        live = Live(self.latency, self.engine.beside)
         self.engine.on_step = live.saw
         return live
 

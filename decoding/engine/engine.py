@@ -41,7 +41,6 @@ class Engine:
     step_tokens: prompts are read in chunks so that a step holds about this many tokens in all; None for as many as the
     latency model says, if there is one already.
     filming: set it, and every step keeps what its block held (`Step.frame`).
-    reading: prompt tokens that the step being planned holds beside what decodes.
     on_step: told of every forward pass in which sequences only decode: its tokens, sequences, committed tokens behind
     each of them on average, and seconds.
     """
@@ -52,7 +51,7 @@ class Engine:
         self.step_tokens = latency.step_tokens(runner) if step_tokens is None else step_tokens
         self.steps = 0
         self.filming = False
-        self.reading = 0
+        self._planned = 0, 0  # prompt tokens and sequences that decode, in the step being planned
         self.on_step: Callable[[int, int, float, float], None] | None = None
         self._ids = itertools.count()
         self._waiting: list[Sequence] = []
@@ -137,15 +136,22 @@ class Engine:
             sequence.cached = sequence.reused
             self._running.append(sequence)
 
+    def beside(self, sequences: int) -> int:
+        """Tokens in the step being planned beside those of so many sequences that decode: of prompts, and one of every
+        other sequence."""
+        reading, decode = self._planned
+        return reading + max(0, decode - sequences)
+
     def _schedule(self) -> dict[Sequence, Row]:
         """Choose what every running sequence puts through the model, ordered by decoder.
 
         Sequences that decode get their decoder's block; prompts share what is left of the step.
         """
         waiting = sum(sequence.pending for sequence in self._running if sequence.reading)
-        self.reading = min(waiting, max(self.step_tokens - len(self._running), _LEAST_PREFILL))
+        decode = [sequence for sequence in self._running if not sequence.reading]
+        self._planned = min(waiting, max(self.step_tokens - len(self._running), _LEAST_PREFILL)), len(decode)
         blocks: dict[Sequence, Block] = {}
-        for decoder, members in _by_decoder(s for s in self._running if not s.reading):
+        for decoder, members in _by_decoder(decode):
             for sequence, block in self._contain(members, decoder.plan):
                 blocks[sequence] = block
         for sequence in list(blocks):

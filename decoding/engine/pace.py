@@ -39,10 +39,11 @@ class Pace:
 class Live:
     """A latency model that follows the machine.
 
-    model: what was measured once; it stays as it is. beside: says how many prompt tokens the next step holds.
+    model: what was measured once; it stays as it is. beside: says how many tokens the next step holds beside those of
+        so many sequences, see `Engine.beside`.
     """
 
-    def __init__(self, model: LatencyModel, beside: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, model: LatencyModel, beside: Callable[[int], int] = lambda sequences: 0) -> None:
         self.model = model
         self.beside = beside
         self._plain, self._wide = Pace(), Pace()

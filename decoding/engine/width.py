@@ -137,11 +137,10 @@ class Remembered:
         self._known: dict[tuple[int, int], np.ndarray] = {}
         self.fixed = self if self._live is None else Remembered(self._latency)
 
-    @property
-    def beside(self) -> int:
-        """Prompt tokens that are in the next step. They count as tokens that it brings: where arithmetic is what takes
-        the time, a guess keeps one of them waiting."""
-        return 0 if self._live is None else self._live.beside()
+    def beside(self, sequences: int) -> int:
+        """Tokens of prompts and of other sequences that are in the next step. They count as what it brings: where
+        arithmetic is what takes the time, a guess keeps them waiting."""
+        return 0 if self._live is None else self._live.beside(sequences)
 
     def cost(self, tokens: Any, sequences: Any, context: Any) -> Any:
         key = int(sequences), int(context) // _CONTEXTS
@@ -211,7 +210,7 @@ class Width:
         drawn = any(sequence.params.temperature > 0 for sequence in sequences)
         latency = self._latency.fixed if drawn else self._latency
         self._drafts.factor = 1.0 if drawn else self._pace.factor
-        beside = self._latency.beside
+        beside = self._latency.beside(count)
         step = float(latency.cost(count + beside, count, context))
         floor = max(LEAST_SURVIVAL, _floor(latency, count, sum(rooms), context, sure=beside, spent=beside))
         survival = [
@@ -283,7 +282,7 @@ class Width:
         for i, whole in enumerate(fixed):
             if whole:
                 survival[i] = self._judge(sequences[i], drafts[i], 0.0)
-        beside = self._latency.beside
+        beside = self._latency.beside(count)
         sure = beside + sum(sum(survival[i]) for i, whole in enumerate(fixed) if whole)
         spent = beside + sum(len(drafts[i].block) for i, whole in enumerate(fixed) if whole)
         most = total + beside - spent
