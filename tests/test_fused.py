@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -214,6 +217,20 @@ def test_without_a_compiler_the_layers_run_and_it_is_said_once(
             runner = Runner(tiny_model("llama"), slots=2, capacity=32)
     assert runner.fused is None
     assert len([record for record in caplog.records if "uncompiled" in record.message]) == 1
+
+
+@pytest.mark.parametrize("compiler", ["clang++", f"{sys.executable} -m ziglang c++"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_other_compilers_build_it_as_well(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (find_spec("ziglang") if "ziglang" in compiler else shutil.which(compiler)):
+        pytest.skip(f"there is no {compiler} here")
+    model = tiny_model("llama")
+    rows = [Row(0, PROMPT, Block(CHAIN))]
+    expected = layers_only(monkeypatch, model, slots=2, capacity=64).forward(rows)
+    monkeypatch.setenv("CXX", compiler)
+    runner = Runner(model, slots=2, capacity=64)
+    assert runner.fused is not None
+    torch.testing.assert_close(runner.forward(rows), expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.fixture(scope="module")

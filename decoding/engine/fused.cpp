@@ -65,6 +65,12 @@ static inline vec fma(vec a, vec b, vec c) {
 typedef int32_t int4 __attribute__((vector_size(16)));
 typedef float quad __attribute__((vector_size(16)));
 
+#ifdef __clang__
+#define SHUFFLE(p, q, ...) __builtin_shufflevector(p, q, __VA_ARGS__)
+#else
+#define SHUFFLE(p, q, ...) __builtin_shuffle(p, q, int4{__VA_ARGS__})
+#endif
+
 // Four lanes in which all the lanes of a vector are added up; pairs of these are added in one order everywhere.
 static inline quad fold(vec v) {
     quad parts[LANES / 4];
@@ -82,9 +88,9 @@ static inline float sum(vec v) {
 // The sums of four vectors; each as `sum` gives it.
 static inline quad sum4(vec a, vec b, vec c, vec d) {
     const quad p = fold(a), q = fold(b), r = fold(c), s = fold(d);
-    const quad low = __builtin_shuffle(p, q, (int4){0, 1, 4, 5}) + __builtin_shuffle(p, q, (int4){2, 3, 6, 7});
-    const quad high = __builtin_shuffle(r, s, (int4){0, 1, 4, 5}) + __builtin_shuffle(r, s, (int4){2, 3, 6, 7});
-    return __builtin_shuffle(low, high, (int4){0, 2, 4, 6}) + __builtin_shuffle(low, high, (int4){1, 3, 5, 7});
+    const quad low = SHUFFLE(p, q, 0, 1, 4, 5) + SHUFFLE(p, q, 2, 3, 6, 7);
+    const quad high = SHUFFLE(r, s, 0, 1, 4, 5) + SHUFFLE(r, s, 2, 3, 6, 7);
+    return SHUFFLE(low, high, 0, 2, 4, 6) + SHUFFLE(low, high, 1, 3, 5, 7);
 }
 
 // One value or several, to and from memory that need not be aligned.

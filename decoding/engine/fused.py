@@ -44,7 +44,7 @@ _SHAPES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """transformers' classes whose layers are the ones of `fused.cpp`."""
 
 _BLOCK = 8  # rows of four bits that are multiplied together
-_COMPILE_SECONDS = 120
+_COMPILE_SECONDS = 300
 
 
 class Matrix(ctypes.Structure):
