@@ -20,6 +20,7 @@ from decoding.backends.local import LocalBackend
 from decoding.calibrate import calibrate
 from decoding.engine import fused
 from decoding.engine.block import Block
+from decoding.engine.cache import LINE
 from decoding.engine.latency import LatencyModel, latency_of, measure
 from decoding.engine.packing import Row
 from decoding.engine.precision import GROUP, int4_groups, int8_rows
@@ -131,6 +132,19 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         assert torch.equal(runner.forward(rows), alone)
     finally:
         torch.set_num_threads(before)
+
+
+def test_weights_and_caches_begin_with_a_cache_line() -> None:
+    model = tiny_model("llama")
+    for parameter in model.parameters():  # as in a file whose header has an odd length
+        moved = torch.empty(parameter.numel() + 26)[10:][: parameter.numel()].view_as(parameter)
+        parameter.data = moved.copy_(parameter)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    runner = Runner(model, slots=2, capacity=32)
+    assert all(parameter.data_ptr() % LINE == 0 for parameter in model.parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(tensor.data_ptr() % LINE == 0 for tensor in (runner.cache.keys[0], runner.cache.values[0]))
+    assert runner.fused is not None
 
 
 def test_sizes_that_fill_no_vector(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,10 @@ class FusedModel:
         self._run.argtypes = [ctypes.POINTER(Shape), ctypes.c_void_p, ctypes.POINTER(Step)]
         self._owned: list[torch.Tensor] = []  # what the structures point to
         self.weights = weights
+        if weights == "float32":  # the model reads the copies, too, and lets go of the file
+            for parameter in model.parameters():
+                if parameter.data_ptr() % LINE:
+                    parameter.data = parameter.data.clone()
         inner: Any = model.base_model
         config = model.config.get_text_config()
         self._embedding: torch.Tensor = inner.embed_tokens.weight
@@ -167,8 +171,6 @@ class FusedModel:
             scale = self._pointer(factor)
         elif kind == "int4":
             weight = _blocks(*int4_groups(weight))
-        elif weight.data_ptr() % LINE:  # as in most files; the model reads the copy, too, so that there is one of them
-            weight = layer.weight.data = weight.clone()
         pointer = self._pointer(weight)
         bits = {"float32": 32, "int8": 8, "int4": 4}[kind]
         return Matrix(pointer, scale, None if bias is None else self._pointer(bias), rows, columns, bits)
