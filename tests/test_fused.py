@@ -139,6 +139,7 @@ def test_weights_and_caches_begin_with_a_cache_line() -> None:
     for parameter in model.parameters():  # as in a file whose header has an odd length
         moved = torch.empty(parameter.numel() + 26)[10:][: parameter.numel()].view_as(parameter)
         parameter.data = moved.copy_(parameter)
+    assert all(parameter.data_ptr() % LINE for parameter in model.parameters())
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     runner = Runner(model, slots=2, capacity=32)
     assert all(parameter.data_ptr() % LINE == 0 for parameter in model.parameters())

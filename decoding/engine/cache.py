@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 LINE = 64
-"""Bytes of a CPU's cache line. Vectors that lie across two are read at half the speed."""
+"""Bytes of a CPU's cache line. A vector that lies across two takes two reads."""
 
 
 @dataclass(frozen=True)
