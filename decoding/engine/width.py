@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -170,20 +169,22 @@ class RememberedDrafts:
         return known * self.factor
 
 
-@dataclass
 class Width:
     """Chooses, step by step, how much each sequence drafts and verifies; keeps what it takes to choose.
 
     clock: what tells the time, in seconds. drafted: seconds that passed inside `drafting`.
     """
 
-    latency: LatencyModel
-    calibration: Calibration = field(default_factory=Calibration)
-    clock: Callable[[], float] = time.perf_counter
-
-    def __post_init__(self) -> None:
-        self.latency = self._latency = Remembered(self.latency)
-        self._payoff = Payoff(self.clock)
+    def __init__(
+        self,
+        latency: LatencyModel,
+        calibration: Calibration | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.latency = Remembered(latency)
+        self.calibration = Calibration() if calibration is None else calibration
+        self.clock = clock
+        self._payoff = Payoff(clock)
         self._drafts: RememberedDrafts | None = None
         self._pace = Pace()  # of a drafter that states its cost
         self._predicted = 0.0  # seconds that the drafts asked for should take
@@ -208,9 +209,9 @@ class Width:
             return self._timed(drafter, sequences, rooms, float(self.latency.cost(count, count, context)))
         # Draws may depend on what was drawn before, but not on the clock.
         drawn = any(sequence.params.temperature > 0 for sequence in sequences)
-        latency = self._latency.fixed if drawn else self._latency
+        latency = self.latency.fixed if drawn else self.latency
         self._drafts.factor = 1.0 if drawn else self._pace.factor
-        beside = self._latency.beside(count)
+        beside = self.latency.beside(count)
         step = float(latency.cost(count + beside, count, context))
         floor = max(LEAST_SURVIVAL, _floor(latency, count, sum(rooms), context, sure=beside, spent=beside))
         survival = [
@@ -282,7 +283,7 @@ class Width:
         for i, whole in enumerate(fixed):
             if whole:
                 survival[i] = self._judge(sequences[i], drafts[i], 0.0)
-        beside = self._latency.beside(count)
+        beside = self.latency.beside(count)
         sure = beside + sum(sum(survival[i]) for i, whole in enumerate(fixed) if whole)
         spent = beside + sum(len(drafts[i].block) for i, whole in enumerate(fixed) if whole)
         most = total + beside - spent
