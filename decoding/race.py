@@ -171,7 +171,8 @@ def result_table(lanes: Sequence[Lane]) -> Table:
         if lane.generation.error is not None:
             table.add_row(lane.strategy, Text("failed", style="red"))
             continue
-        same = "–" if lane is reference else "yes" if lane.generation.tokens == reference.generation.tokens else "no"
+        answers = lane.generation, reference.generation
+        unknown = lane is reference or any(answer.text and not answer.tokens for answer in answers)  # a server's
         table.add_row(
             lane.strategy,
             f"{lane.seconds:.2f}",
@@ -179,6 +180,6 @@ def result_table(lanes: Sequence[Lane]) -> Table:
             f"{metrics.new_tokens / lane.seconds:.1f}" if lane.seconds else "–",
             f"{metrics.tokens_per_forward:.2f}" if metrics.forwards else "–",
             "–" if lane is reference or not lane.seconds else f"{reference.seconds / lane.seconds:.2f}×",
-            same,
+            "–" if unknown else "yes" if answers[0].tokens == answers[1].tokens else "no",
         )
     return table

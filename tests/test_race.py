@@ -53,6 +53,12 @@ def test_a_backend_without_steps_shows_text_and_counts_at_the_end() -> None:
     assert (runner.at(2.0).text, runner.at(2.0).tokens, runner.at(2.0).tokens_per_forward) == ("ab", 7, None)
 
 
+def test_answers_whose_tokens_nobody_knows_are_not_called_the_same() -> None:
+    answers = [Generation(text, [], "eos", Metrics(seconds=1.0, new_tokens=2)) for text in ("Paris.", "Something else")]
+    rows = printed(result_table([Lane(answer.text, answer, [(1.0, answer.text)]) for answer in answers])).splitlines()
+    assert not any(" yes" in row for row in rows) and sum(row.rstrip().endswith("–") for row in rows) == 2
+
+
 def test_the_picture_has_a_column_per_strategy_with_clock_and_tokens() -> None:
     console = Console(width=90, height=20)
     shown = printed(picture([lane("autoregressive", 1, 1.0), lane("jacobi", 3, 1.0)], 3.0, console), height=20)
