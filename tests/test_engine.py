@@ -128,6 +128,22 @@ def test_a_sampled_request_does_not_depend_on_its_neighbours(make: type[Autoregr
     assert sample(inputs[:1], [17]) != together[:1], "the seed has no effect"
 
 
+def test_the_ends_of_a_neighbour_are_not_banned_for_who_has_none() -> None:
+    model = tiny_model("llama")
+    prompt, other = prompts(2)
+    plain = greedy_reference(model, prompt, 8)
+    engine = Engine(Runner(model, slots=3, capacity=64))
+    free = SamplingParams(max_new_tokens=8, min_new_tokens=8, ignore_eos=True)
+    mine = engine.submit(prompt, free, AutoregressiveDecoder(), plain[1:2])
+    engine.submit(other, SamplingParams(max_new_tokens=8), AutoregressiveDecoder(), plain[1:2])
+    late = engine.submit(
+        prompt, SamplingParams(max_new_tokens=8, min_new_tokens=8), AutoregressiveDecoder(), plain[1:2]
+    )
+    while engine.busy:
+        engine.step()
+    assert mine.new_tokens == plain and plain[1] not in late.new_tokens
+
+
 def test_limits_end_a_sequence_exactly() -> None:
     model = tiny_model("llama")
     engine = Engine(Runner(model, slots=2, capacity=32))

@@ -199,9 +199,8 @@ def test_processors_and_their_order_agree_with_generate() -> None:
     for step in range(steps):
         seen[step, out.sequences[0, : prompt.shape[1] + step]] = True
     columns = SamplingColumns.of([params]).rows(torch.zeros(steps, dtype=torch.long))
-    ours = probabilities(
-        adjust(logits, columns, seen=seen.nonzero().T, eos=torch.tensor(eos), generated=torch.arange(steps)), columns
-    )
+    early = [(row, token) for row in range(params.min_new_tokens) for token in eos]
+    ours = probabilities(adjust(logits, columns, seen=seen.nonzero().T, banned=torch.tensor(early).T), columns)
     theirs = torch.cat(out.scores).softmax(-1)
     assert torch.equal(ours > 0, theirs > 0)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
@@ -235,14 +234,13 @@ def test_adjustments_belong_to_their_row() -> None:
     params = [
         SamplingParams(logit_bias={1: 5.0, 3: -2.0, 999: 1.0}),
         SamplingParams(repetition_penalty=2.0),
-        SamplingParams(min_new_tokens=2),
+        SamplingParams(),
         SamplingParams(),
     ]
     logits = torch.tensor([[1.0, -1.0, 2.0, -4.0]] * 4)
     seen = torch.tensor([[True, True, False, False]] * 4)
-    adjusted = adjust(
-        logits, SamplingColumns.of(params), seen=seen.nonzero().T, eos=column(2), generated=column(1, 1, 1, 1)
-    ).tolist()
+    banned = torch.tensor([[2], [2]])
+    adjusted = adjust(logits, SamplingColumns.of(params), seen=seen.nonzero().T, banned=banned).tolist()
     assert adjusted == [
         [1.0, 4.0, 2.0, -6.0],
         [0.5, -2.0, 2.0, -4.0],
@@ -311,11 +309,11 @@ def test_log_probabilities_are_those_of_the_raw_logits() -> None:
 def test_sampling_never_waits_for_the_device() -> None:
     """Meta tensors have no values, so anything that asks for one raises."""
     columns = SamplingColumns.of(
-        [SamplingParams(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=2, min_new_tokens=1)], "meta"
+        [SamplingParams(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=2)], "meta"
     )
     logits = torch.empty(1, 5000, device="meta")
     ids = torch.zeros(1, dtype=torch.long, device="meta")
-    logits = adjust(logits, columns, seen=ids.expand(2, 1), eos=ids, generated=ids)
+    logits = adjust(logits, columns, seen=ids.expand(2, 1), banned=ids.expand(2, 1))
     token = draw(probabilities(logits, columns), uniforms(columns.seed, ids, 0, 1)[:, 0])
     assert token.shape == token_logprobs(logits, token).shape == (1,)
 

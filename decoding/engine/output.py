@@ -120,11 +120,19 @@ def _processed(sequences: List[Sequence], blocks: List[Block], counts: np.ndarra
     seen = None
     if columns.needs_history:
         seen = torch.from_numpy(np.stack([np.concatenate(seen_rows), np.concatenate(seen_tokens)])).to(device)
-    eos = sorted(set().union(*(s.eos for s in sequences)))
-    return adjust(
-        raw,
-        columns,
-        seen=seen,
-        eos=torch.tensor(eos, dtype=torch.long, device=device),
-        generated=torch.from_numpy(np.concatenate(generated)).to(device),
-    )
+    banned = ends_too_early(sequences, counts, np.concatenate(generated))
+    return adjust(raw, columns, seen=seen, banned=torch.from_numpy(banned).to(device))
+
+
+def ends_too_early(sequences: List[Sequence], counts: np.ndarray, generated: np.ndarray) -> np.ndarray:
+    """[2, N] pairs of a row and a token that would end its sequence before it has `min_new_tokens`.
+
+    counts: [sequences] rows of each. generated: [rows] new tokens that precede the one to be chosen.
+    """
+    pairs = [np.empty((2, 0), dtype=np.int64)]
+    for sequence, stop, count in zip(sequences, np.cumsum(counts), counts, strict=True):
+        rows = np.arange(stop - count, stop)
+        rows = rows[generated[rows] < sequence.params.min_new_tokens]
+        ends = np.array(sorted(sequence.eos), dtype=np.int64)
+        pairs.append(np.stack([np.repeat(rows, len(ends)), np.tile(ends, len(rows))]))
+    return np.concatenate(pairs, axis=1)

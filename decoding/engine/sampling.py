@@ -73,7 +73,6 @@ class SamplingColumns:
     top_p: Tensor
     min_p: Tensor
     repetition_penalty: Tensor
-    min_new_tokens: Tensor
     seed: Tensor
     bias_tokens: Tensor
     bias_values: Tensor
@@ -82,7 +81,6 @@ class SamplingColumns:
     max_top_k: int
     uses_top_p: bool
     uses_min_p: bool
-    uses_min_new_tokens: bool
     uses_bias: bool
     needs_history: bool
 
@@ -103,7 +101,6 @@ class SamplingColumns:
             top_p=column([p.top_p for p in params]),
             min_p=column([p.min_p for p in params]),
             repetition_penalty=column([p.repetition_penalty for p in params]),
-            min_new_tokens=column([p.min_new_tokens for p in params], torch.long),
             seed=column([_signed(p.seed) for p in params], torch.long),
             bias_tokens=column(bias_tokens, torch.long).view(len(params), width),
             bias_values=column(bias_values).view(len(params), width),
@@ -112,7 +109,6 @@ class SamplingColumns:
             max_top_k=max((p.top_k for p in params), default=0),
             uses_top_p=any(p.top_p < 1 for p in params),
             uses_min_p=any(p.min_p > 0 for p in params),
-            uses_min_new_tokens=any(p.min_new_tokens > 0 for p in params),
             uses_bias=width > 0,
             needs_history=any(p.repetition_penalty != 1 for p in params),
         )
@@ -126,7 +122,6 @@ class SamplingColumns:
             top_p=self.top_p[index],
             min_p=self.min_p[index],
             repetition_penalty=self.repetition_penalty[index],
-            min_new_tokens=self.min_new_tokens[index],
             seed=self.seed[index],
             bias_tokens=self.bias_tokens[index],
             bias_values=self.bias_values[index],
@@ -154,15 +149,13 @@ def adjust(
     columns: SamplingColumns,
     *,
     seen: Tensor | None = None,
-    eos: Tensor | None = None,
-    generated: Tensor | None = None,
+    banned: Tensor | None = None,
 ) -> Tensor:
     """Logits `[R, V]` after logit bias, repetition penalty and the ban on ending too early.
 
     seen: int64 `[2, N]`, pairs of a row and a token of its prompt, of its answer so far, or of the draft above it; a
         pair may come twice. Needed where `columns.needs_history`.
-    eos: int64 `[E]`, the model's end-of-sequence tokens; generated: int64 `[R]`, new tokens that precede
-        this row's, drafts included; needed where `columns.uses_min_new_tokens`.
+    banned: int64 `[2, N]`, pairs of a row and a token that must not come there.
 
     Where no row asks for anything the very same tensor comes back, unconverted. Biased tokens beyond the
     vocabulary are ignored (a draft model's may be smaller than the target's).
@@ -178,11 +171,9 @@ def adjust(
         rows, tokens = seen
         found, penalty = logits[rows, tokens], columns.repetition_penalty[rows].to(logits.dtype)
         logits = logits.index_put((rows, tokens), torch.where(found < 0, found * penalty, found / penalty))
-    if columns.uses_min_new_tokens and eos is not None:
-        assert generated is not None, "a minimum length needs the number of tokens generated so far"
+    if banned is not None and banned.numel():
         logits = _working(logits)
-        banned = (generated < columns.min_new_tokens)[:, None]  # [R, 1]
-        logits = logits.index_copy(1, eos, logits[:, eos].masked_fill(banned, -torch.inf))
+        logits = logits.index_put((banned[0], banned[1]), logits.new_tensor(-torch.inf))
     return logits
 
 

@@ -16,6 +16,7 @@ import torch
 
 from decoding.engine.block import Block, Commit, settled
 from decoding.engine.decoder import Decoder
+from decoding.engine.output import Output, ends_too_early
 from decoding.engine.sampling import SamplingColumns, adjust, draw, probabilities, uniforms
 from decoding.errors import InvalidRequest
 from decoding.masked import Masking
@@ -24,7 +25,6 @@ from decoding.strategies.policies import BlockView, Change, Confidence, Policy, 
 
 if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
-    from decoding.engine.output import Output
     from decoding.engine.sequence import Sequence
 
 CACHES = ("exact", "prefix", "dual")
@@ -196,8 +196,7 @@ class BlockDiffusionDecoder(Decoder):
         logits = adjust(
             output.raw[rows].double(),  # [places of all blocks, vocab]
             columns,
-            eos=torch.tensor(sorted(set().union(*(s.eos for s in sequences))), dtype=torch.long, device=device),
-            generated=torch.from_numpy(np.repeat(before, sizes) + place).to(device),
+            banned=torch.from_numpy(ends_too_early(sequences, sizes, np.repeat(before, sizes) + place)).to(device),
         )
         logits[:, self.masking.mask] = -torch.inf
         model = logits.softmax(-1)
