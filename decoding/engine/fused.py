@@ -39,6 +39,7 @@ from decoding.engine.precision import int4_groups, int8_rows, kept_as
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("fused.cpp")
+_HEADERS = tuple(_SOURCE.with_name(name) for name in ("fused_products.h", "fused_vectors.h"))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=off")
 _SHAPES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """transformers' classes whose layers are the ones of `fused.cpp`."""
@@ -273,7 +274,7 @@ def compiled() -> ctypes.CDLL | None:
     if compiler is None:
         logger.warning("no C++ compiler was found, so steps run uncompiled; install g++ or `pip install ziglang`.")
         return None
-    source = _SOURCE.read_bytes()
+    source = b"".join(file.read_bytes() for file in (_SOURCE, *_HEADERS))
     key = hashlib.sha256(source + repr((compiler, _FLAGS, platform.machine(), _processor())).encode()).hexdigest()[:16]
     target = cache_root() / "kernels" / f"fused-{key}.so"
     try:
