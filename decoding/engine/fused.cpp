@@ -398,9 +398,20 @@ class Run {
     // Add to `out` the values `from` ... `end` - 1 that a token sees, times their weights.
     inline void weigh(const float* values, int64_t size, int64_t token, int64_t from, int64_t end, const float* weight,
                       float* out) const {
-        constexpr int WIDE = 8;
-        const int64_t middle = std::max(from, std::min<int64_t>(end, step.prefix[token]));
         int64_t d = 0;
+        weigh_by<8>(values, size, token, from, end, weight, out, d);
+        weigh_by<4>(values, size, token, from, end, weight, out, d);
+        weigh_by<1>(values, size, token, from, end, weight, out, d);
+        for (; d < size; d++)
+            for (int64_t j = from; j < end; j++)
+                out[d] = std::fma(weight[j], values[entry(token, j) * size + d], out[d]);
+    }
+
+    // The same for as many of their components, from `d` on, as make up pieces of WIDE vectors.
+    template <int WIDE>
+    inline void weigh_by(const float* values, int64_t size, int64_t token, int64_t from, int64_t end,
+                         const float* weight, float* out, int64_t& d) const {
+        const int64_t middle = std::max(from, std::min<int64_t>(end, step.prefix[token]));
         for (; d + WIDE * LANES <= size; d += WIDE * LANES) {
             vec acc[WIDE];
             for (int i = 0; i < WIDE; i++) acc[i] = load(out + d + i * LANES);
@@ -411,9 +422,6 @@ class Run {
             for (int64_t j = middle; j < end; j++) take(values + entry(token, j) * size + d, weight[j]);
             for (int i = 0; i < WIDE; i++) store(out + d + i * LANES, acc[i]);
         }
-        for (; d < size; d++)
-            for (int64_t j = from; j < end; j++)
-                out[d] = std::fma(weight[j], values[entry(token, j) * size + d], out[d]);
     }
 
     void add(const Matrix& m, const Input& x, int phase, int thread) {
