@@ -91,3 +91,12 @@ def test_bidirectional_blocks_see_all_of_themselves() -> None:
 def test_recurrent_models_are_refused() -> None:
     with pytest.raises(ModelError, match="roll back"):
         Runner(tiny_model("mamba"))
+
+
+def test_a_sequence_ends_where_the_angles_of_its_neighbours_would_change() -> None:
+    """LongRoPE: one long sequence turns every token of the step by other angles."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 5.0, 9.0]}
+    model = tiny_model("llama", rope_parameters=rope | {"original_max_position_embeddings": 32})
+    assert (
+        Runner(model, slots=2, capacity=128).cache.capacity == 32 < tiny_model("llama").config.max_position_embeddings
+    )

@@ -336,8 +336,19 @@ def _context_length(config: Any) -> int:
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return min(value, _same_angles(config) or value)
     raise ModelError(f"the configuration of this {config.model_type} model names no maximum context length.")
+
+
+def _same_angles(config: Any) -> int | None:
+    """Up to which length a token's angles are its own: "longrope" turns all tokens of a step by other ones as soon as
+    one of them stands further back (Ding et al. 2024, LongRoPE)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    name = "original_max_position_embeddings"
+    length: int | None = rope.get(name) or getattr(config, name, None)
+    return length
 
 
 def _attention_configs(model: PreTrainedModel) -> list[Any]:
