@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +83,73 @@ def test_a_failing_sequence_fails_alone(where: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     again = run(engine, [(bad, AutoregressiveDecoder())], params)[0]
     assert again.new_tokens == greedy_reference(model, bad, 10), "the engine must serve the next request"
+
+
+class Careless(AutoregressiveDecoder):
+    """Plans, commits or forgets what nobody can make sense of."""
+
+    def __init__(self, block: object = None, commit: object = None, forgetting: Exception | None = None) -> None:
+        self.block, self.committed, self.forgetting = block, commit, forgetting
+
+    def plan(self, sequences: List[Sequence]) -> list[Block]:
+        return super().plan(sequences) if self.block is None else [self.block for _ in sequences]  # type: ignore[misc]
+
+    def commit(self, sequences: List[Sequence], output: Output) -> list[Commit]:
+        return confirm(output) if self.committed is None else [self.committed for _ in sequences]  # type: ignore[misc]
+
+    def forget(self, sequence: Sequence) -> None:
+        if self.forgetting is not None:
+            raise self.forgetting
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        Careless(block=7),
+        Careless(block=Block(["a"])),  # type: ignore[list-item]
+        Careless(block=Block([1, 2], [None, 0])),  # type: ignore[list-item]
+        Careless(block=Block([1.5])),  # type: ignore[list-item]
+        Careless(commit=7),
+        Careless(commit=Commit([-1])),
+        Careless(commit=Commit([9999])),
+        Careless(block=Block([1, 2]), commit=Commit([1, 2, 3], path=[-3, 9999])),
+        Careless(forgetting=RuntimeError("unlucky")),
+    ],
+    ids=lambda decoder: str(vars(decoder)),
+)
+def test_nonsense_fails_alone_and_the_next_request_is_served(decoder: Careless) -> None:
+    model = tiny_model("llama")
+    engine = Engine(Runner(model, slots=2, capacity=64))
+    params, (prompt,) = SamplingParams(max_new_tokens=6, ignore_eos=True), prompts(1)
+    for _ in range(2):
+        bad = engine.submit([1, 2, 3], params, decoder)
+        good = engine.submit(prompt, params, AutoregressiveDecoder())
+        while engine.busy:
+            engine.step()
+        assert bad.finish_reason == "error" and bad.error is not None
+        assert good.new_tokens == greedy_reference(model, prompt, 6) and engine.cache.free == 2
+
+
+@pytest.mark.parametrize("made", [np.array, torch.tensor, tuple])
+def test_guesses_may_come_in_any_sequence_of_integers(made: Callable[[list[int]], List[int]]) -> None:
+    model = tiny_model("llama")
+    engine = Engine(Runner(model, slots=2, capacity=64))
+    prompt, other = prompts(2)
+    plain = greedy_reference(model, prompt, 6)
+
+    class Oracle(AutoregressiveDecoder):
+        def plan(self, sequences: List[Sequence]) -> list[Block]:
+            return [
+                Block(made(plain[len(s.new_tokens) :][: s.room]), made([-1, 0, 1, 2, 3][: s.room])) for s in sequences
+            ]
+
+        def commit(self, sequences: List[Sequence], output: Output) -> list[Commit]:
+            return confirm(output)
+
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    answers = run(engine, [(prompt, Oracle()), (other, AutoregressiveDecoder())], params)
+    assert [s.new_tokens for s in answers] == [plain, greedy_reference(model, other, 6)]
+    assert sum(t.accepted for t in answers[0].trace) == 4
 
 
 def test_cancelling_one_request_leaves_the_others_alone() -> None:

@@ -11,6 +11,7 @@ from decoding.engine.engine import Engine
 from decoding.engine.runner import Runner
 from decoding.strategies.autoregressive import AutoregressiveDecoder
 from decoding.strategies.speculative import SpeculativeDecoder
+from decoding.trace import measure
 from decoding.types import SamplingParams
 from drafters import PromptLookup
 from tests.greedy import VOCAB, greedy_reference, prompts, run
@@ -66,12 +67,34 @@ def test_long_prompts_are_read_in_chunks_while_others_decode() -> None:
     assert long.new_tokens == greedy_reference(model, long_prompt, 20)
 
 
+def test_steps_of_two_engines_have_different_numbers() -> None:
+    """One answer may be made by both, and is measured by its steps."""
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    seen: list[set[int]] = []
+    for _ in range(2):
+        engine = Engine(Runner(tiny_model("llama"), slots=1, capacity=64))
+        (result,) = run(engine, [(prompts(1)[0], AutoregressiveDecoder())], params)
+        seen.append({t.step for t in result.trace})
+    assert seen[0] and not seen[0] & seen[1]
+
+
+def test_the_first_token_of_a_prompt_that_is_known_is_no_verification() -> None:
+    engine = Engine(Runner(tiny_model("llama"), slots=2, capacity=64))
+    prompt, decoder = [1, 2, 3, 4] * 5, SpeculativeDecoder(PromptLookup(), 4)
+    for reused in (0, len(prompt) - 1):
+        (result,) = run(engine, [(prompt, decoder)], SamplingParams(max_new_tokens=8, ignore_eos=True))
+        metrics = measure(result.trace, seconds=1.0, prompt_tokens=len(prompt))
+        assert metrics.reused_tokens == reused and metrics.prefill_tokens == len(prompt) - reused
+        assert not any(t.drafted for t in result.trace if t.prefill)
+
+
 def test_the_same_requests_give_the_same_batches() -> None:
     def once() -> list[tuple[int, int, int, int]]:
         engine = Engine(Runner(tiny_model("llama"), slots=3, capacity=64), step_tokens=40)
         decoder = SpeculativeDecoder(PromptLookup(), 4)
         results = run(engine, [(p, decoder) for p in prompts(7)], SamplingParams(max_new_tokens=16, temperature=0.8))
-        return [(t.step, t.sequence, t.tokens, t.committed) for s in results for t in s.trace]
+        step, first = results[0].trace[0].step, results[0].id
+        return [(t.step - step, t.sequence - first, t.tokens, t.committed) for s in results for t in s.trace]
 
     assert once() == once()
 

@@ -141,7 +141,7 @@ def test_a_stream_is_in_order_and_as_early_as_it_can_be(lm: decoding.LocalBacken
     pieces: list[tuple[int, str]] = []
 
     def listen(piece: str) -> None:
-        pieces.append((lm.engine.steps, piece))
+        pieces.append((lm.engine.number, piece))
 
     out = answer(lm, PARAMS.but(max_new_tokens=600), expand=expand, point_tokens=72, on_text=listen)
     assert "".join(piece for _, piece in pieces) == out.text == (

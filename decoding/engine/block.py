@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 
 import numpy as np
 
@@ -13,7 +14,7 @@ import numpy as np
 class Block:
     """A tree of guesses behind the last committed token.
 
-    tokens: guessed token ids, parents before children; empty for plain decoding.
+    tokens: guessed token ids, parents before children; empty for plain decoding. Any sequence of integers, arrays too.
     parents: index in `tokens` of each guess's parent, -1 for the last committed token; None for a
         chain, in which every guess follows the one before it. A guess sees the committed tokens, its
         ancestors and itself; its position is its depth below the last committed token.
@@ -26,13 +27,19 @@ class Block:
     bidirectional: bool = False
     suffix: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("tokens", "parents"):  # arrays add up where lists are joined
+            values = getattr(self, name)
+            if values is not None and not isinstance(values, (list, tuple)):
+                object.__setattr__(self, name, tuple(map(index, values)))
+
     def __len__(self) -> int:
         return len(self.tokens)
 
     def check(self, vocab: int) -> None:
-        """Raise ValueError unless this is a well-formed tree over token ids below `vocab`."""
+        """Raise ValueError unless this is a well-formed tree over token ids below `vocab`, TypeError for a float."""
         for token in self.tokens:
-            if not 0 <= token < vocab:
+            if not 0 <= index(token) < vocab:
                 raise ValueError(f"a guessed token id, {token}, lies outside the model's vocabulary of {vocab}.")
         if self.parents is None:
             return

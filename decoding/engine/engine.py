@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from functools import partial
+from operator import index
 from typing import TypeVar
 
 import torch
@@ -34,6 +35,9 @@ _WORTH_WAITING = 16
 # However busy decoding keeps a step, prompts advance by at least this many tokens in it.
 _LEAST_PREFILL = 32
 
+# Steps and sequences of all engines of the process: an answer may come from several.
+_STEPS, _SEQUENCES = itertools.count(), itertools.count()
+
 
 class Engine:
     """Decodes sequences on one runner.
@@ -41,6 +45,7 @@ class Engine:
     step_tokens: prompts are read in chunks so that a step holds about this many tokens in all; None for as many as the
     latency model says, if there is one already.
     filming: set it, and every step keeps what its block held (`Step.frame`).
+    number: the latest step's.
     on_step: told of every forward pass in which sequences only decode: its tokens, sequences, committed tokens behind
     each of them on average, and seconds.
     """
@@ -49,11 +54,10 @@ class Engine:
         self.runner = runner
         self.cache = runner.cache
         self.step_tokens = latency.step_tokens(runner) if step_tokens is None else step_tokens
-        self.steps = 0
         self.filming = False
+        self.number = -1
         self._planned = 0, 0  # prompt tokens and sequences that decode, in the step being planned
         self.on_step: Callable[[int, int, float, float], None] | None = None
-        self._ids = itertools.count()
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
 
@@ -90,7 +94,7 @@ class Engine:
         if stray:
             raise InvalidRequest(f"logit_bias names token {stray[0]}, outside the vocabulary of {self.runner.vocab}.")
         sequence = Sequence(
-            id=next(self._ids),
+            id=next(_SEQUENCES),
             prompt=prompt,
             params=params,
             decoder=decoder,
@@ -115,7 +119,6 @@ class Engine:
         rows = self._schedule()
         if rows:
             self._run(rows, began)
-            self.steps += 1
         return [s for s in before if s.finish_reason is not None]
 
     def _admit(self) -> None:
@@ -157,12 +160,11 @@ class Engine:
         for sequence in list(blocks):
             try:
                 blocks[sequence].check(self.runner.vocab)
-            except ValueError as error:
+                if len(sequence.tokens) + len(blocks[sequence]) + blocks[sequence].suffix > self.cache.capacity:
+                    blocks[sequence] = Block()  # no room for the guesses: decode plainly
+            except Exception as error:
                 del blocks[sequence]
                 self._fail(sequence, error)
-                continue
-            if len(sequence.tokens) + len(blocks[sequence]) + blocks[sequence].suffix > self.cache.capacity:
-                blocks[sequence] = Block()  # no room for the guesses: decode plainly
         left = self.step_tokens - sum(sequence.pending + len(block) for sequence, block in blocks.items())
         left = max(left, _LEAST_PREFILL)
         rows: dict[Sequence, Row] = {}
@@ -180,9 +182,10 @@ class Engine:
 
     def _run(self, rows: dict[Sequence, Row], began: float) -> None:
         planned = time.perf_counter()
+        self.number = next(_STEPS)
         logits = self._forward(rows)
         ran = time.perf_counter()
-        gains = {s: _Gain(prefill=s.reading or (s.span == 1 and not s.new_tokens)) for s in rows}
+        gains = {s: _Gain(prefill=s.reading) for s in rows}
         if self.on_step is not None and all(s.span == 1 and not gains[s].prefill for s in rows):
             context = sum(s.cached for s in rows) / max(1, len(rows))
             self.on_step(sum(map(len, rows.values())), len(rows), context, ran - planned)
@@ -246,7 +249,9 @@ class Engine:
         """Append a commit's tokens, up to where the sequence ends."""
         if not commit.tokens and sequence.span == 1:
             raise RuntimeError(f"{type(sequence.decoder).__name__} committed no token in a step.")
-        tokens = list(commit.tokens[: sequence.limit - len(sequence.tokens)])
+        tokens = list(map(index, commit.tokens[: sequence.limit - len(sequence.tokens)]))
+        if any(not 0 <= token < self.runner.vocab for token in tokens):
+            raise RuntimeError(f"{type(sequence.decoder).__name__} committed a token outside the model's vocabulary.")
         if len(sequence.tokens) + len(tokens) == sequence.limit:
             full = sequence.limit - len(sequence.prompt) < sequence.params.max_new_tokens
             gain.ends = "context" if full else "length"
@@ -261,6 +266,8 @@ class Engine:
             )
         gain.accepted = min(len(commit.tokens) - 1, len(tokens)) if sequence.span == 1 else 0
         path = range(gain.accepted) if commit.path is None else commit.path[: gain.accepted]
+        if any(not 0 <= node < len(row.block) for node in path):
+            raise RuntimeError(f"{type(sequence.decoder).__name__} committed a guess that was not in its block.")
         base = sequence.cached + len(row.pending)  # where the block's first guess was written
         gain.moves = [(sequence.slot, base + node, base + place) for place, node in enumerate(path) if node != place]
         gain.expected = commit.expected
@@ -304,7 +311,7 @@ class Engine:
             gain = gains[sequence]
             sequence.trace.append(
                 Step(
-                    step=self.steps,
+                    step=self.number,
                     sequence=sequence.id,
                     start=began - sequence.submitted,
                     plan=planned - began,
@@ -344,7 +351,10 @@ class Engine:
                 self.cache.discard(sequence.slot)
             else:
                 self.cache.release(sequence.slot)
-        sequence.decoder.forget(sequence)
+        try:
+            sequence.decoder.forget(sequence)
+        except Exception as error:
+            sequence.finish_reason, sequence.error = "error", sequence.error or error
 
 
 @dataclass

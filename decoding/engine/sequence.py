@@ -72,7 +72,6 @@ class Sequence:
 
     @property
     def reading(self) -> bool:
-        """Whether its prompt has to be read further before its decoder plans."""
-        if self.span == 1:
-            return self.pending > 1
-        return not self.new_tokens and self.cached < settled(len(self.prompt), self.span)
+        """Whether its prompt has to be read further before its decoder plans. Where attention is causal, what is left
+        to read brings the first token, be it the prompt's last token alone."""
+        return not self.new_tokens and (self.span == 1 or self.cached < settled(len(self.prompt), self.span))
