@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import queue
 import threading
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar, overload
 
 import torch
 
 from decoding.backends.base import Backend, OnText
 from decoding.backends.local import LocalBackend
+from decoding.backends.turns import HELD_UP
 from decoding.engine.precision import WEIGHTS
 from decoding.errors import InvalidRequest, UnknownName
 from decoding.models import load_model
@@ -140,34 +143,21 @@ def stream(
     """
     strategy = resolve(strategy)
     lm.require(strategy)
-    pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-    cancel: list[Callable[[], object]] = []
+    pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     async def answer() -> None:
-        task = asyncio.ensure_future(strategy.answer(prompt, params or SamplingParams(), lm, pieces.put))
-        loop = asyncio.get_running_loop()
-        cancel.append(lambda: loop.call_soon_threadsafe(task.cancel))
-        await task
-
-    def work() -> None:
         try:
-            asyncio.run(answer())
+            await strategy.answer(prompt, params or SamplingParams(), lm, pieces.put)
+        finally:
             pieces.put(None)
-        except BaseException as error:
-            pieces.put(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    answered, cancel = _elsewhere(answer())
     try:
         while (piece := pieces.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece
             yield piece
+        answered.result()
     finally:
-        if thread.is_alive() and cancel:
-            with contextlib.suppress(RuntimeError):  # the loop may just have closed, with nothing left to cancel
-                cancel[0]()
-        thread.join()
+        cancel()
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -176,21 +166,41 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    result: list[T] = []
-    failure: list[BaseException] = []
+    done, cancel = _elsewhere(work)
+    try:
+        return done.result()
+    finally:
+        cancel()
+
+
+def _elsewhere(work: Coroutine[Any, Any, T]) -> tuple[Future[T], Callable[[], None]]:
+    """Run a coroutine in a thread and an event loop of its own. Returns what it will give, and what ends it for good,
+    which returns when it has ended."""
+    done: Future[T] = Future()
+    task: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
+
+    async def watched() -> T:
+        task.set_result((asyncio.get_running_loop(), asyncio.ensure_future(work)))
+        return await task.result()[1]
 
     def target() -> None:
         try:
-            result.append(asyncio.run(work))
+            done.set_result(asyncio.run(watched()))
         except BaseException as error:
-            failure.append(error)
+            done.set_exception(error)
 
-    thread = threading.Thread(target=target)
+    def end() -> None:
+        loop, running = task.result()
+        with contextlib.suppress(RuntimeError):  # the loop may be closed, with nothing left to cancel
+            loop.call_soon_threadsafe(running.cancel)
+        thread.join()
+
+    context = contextvars.copy_context()
+    with contextlib.suppress(RuntimeError):  # no loop here that this one holds up
+        context.run(HELD_UP.set, HELD_UP.get() | {asyncio.get_running_loop()})
+    thread = threading.Thread(target=context.run, args=(target,), daemon=True)
     thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]
+    return done, end
 
 
 def _is_single(prompts: Any) -> bool:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -48,6 +52,48 @@ def test_closing_a_stream_cancels_the_request(lm: decoding.LocalBackend) -> None
     pieces = decoding.stream("Tell me", lm, params=PARAMS.but(max_new_tokens=200))
     next(pieces)
     pieces.close()
+    assert not lm.engine.busy and lm.engine.cache.free == 4
+
+
+def test_calls_from_several_threads_take_turns(lm: decoding.LocalBackend) -> None:
+    prompts = [[i, 2, 3, 4] for i in range(5)]
+    alone = [decoding.generate(prompt, lm, params=PARAMS).text for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda prompt: decoding.generate(prompt, lm, params=PARAMS).text, prompts))
+    assert answers == alone
+    pairs = zip_longest(*(decoding.stream(prompt, lm, params=PARAMS) for prompt in prompts[:2]), fillvalue="")
+    assert ["".join(pieces) for pieces in zip(*pairs, strict=True)] == alone[:2]
+    outside = decoding.stream(prompts[0], lm, params=PARAMS)
+    inside = [decoding.generate(prompts[1], lm, params=PARAMS).text for _ in outside]
+    assert inside and set(inside) == {alone[1]}
+
+
+def test_a_call_that_would_wait_for_itself_is_refused(lm: decoding.LocalBackend) -> None:
+    calls: list[Callable[[str], Any]] = [
+        lambda _: decoding.generate("And then?", lm),
+        lambda _: list(decoding.stream("And then?", lm)),
+    ]
+    for call in calls:
+        out = decoding.generate("Tell me", lm, params=PARAMS, on_text=call)
+        assert out.finish_reason == "error" and "waits for this call" in str(out.error)
+    assert decoding.generate("Tell me", lm, params=PARAMS).error is None
+
+
+def test_an_interrupted_call_on_a_running_loop_has_ended_when_it_returns(lm: decoding.LocalBackend) -> None:
+    """As in a notebook, whose next cell finds the engine free."""
+
+    async def cell() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+
+            def interrupted(future: Future[Any]) -> None:
+                patch.undo()
+                raise KeyboardInterrupt
+
+            patch.setattr(Future, "result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                decoding.generate([1, 2], lm, params=PARAMS.but(max_new_tokens=200))
+
+    asyncio.run(cell())
     assert not lm.engine.busy and lm.engine.cache.free == 4
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from decoding.backends.base import Backend, OnText
 from decoding.backends.choice import Choice, NextToken
 from decoding.backends.text import TextStream, token_pieces
+from decoding.backends.turns import Turns
 from decoding.engine.decoder import Decoder
 from decoding.engine.engine import Engine
 from decoding.engine.latency import LatencyModel, latency_of
@@ -79,6 +80,7 @@ class LocalBackend(Backend):
         self._decoders: dict[TokenStrategy, Decoder] = {}
         self._answers: dict[Sequence, asyncio.Future[None]] = {}
         self._pump: asyncio.Task[None] | None = None
+        self._turns = Turns()
 
     @property
     def device(self) -> torch.device:
@@ -173,14 +175,15 @@ class LocalBackend(Backend):
             return stopped_after
 
         watched = on_text is not None or bool(params.stop)
-        sequence = self.engine.submit(
-            self.encode(prompt, prefill),
-            params,
-            self.decoder(strategy),
-            self.eos,
-            on_commit if watched else None,
-        )
-        await self._finished(sequence)
+        async with self._turns:
+            sequence = self.engine.submit(
+                self.encode(prompt, prefill),
+                params,
+                self.decoder(strategy),
+                self.eos,
+                on_commit if watched else None,
+            )
+            await self._finished(sequence)
         if not watched:
             stream.feed(sequence.new_tokens)
         rest = stream.finish()
@@ -205,8 +208,9 @@ class LocalBackend(Backend):
         if len(tokens) != len(options) or len(set(tokens)) != len(tokens):
             raise InvalidRequest(f"the options {', '.join(options)} must begin with different tokens; use other words.")
         decoder = NextToken(tokens)
-        sequence = self.engine.submit(ids, SamplingParams(max_new_tokens=1), decoder, (), lambda *_: 0)
-        await self._finished(sequence)
+        async with self._turns:
+            sequence = self.engine.submit(ids, SamplingParams(max_new_tokens=1), decoder, (), lambda *_: 0)
+            await self._finished(sequence)
         generation = self._generation(sequence, "")
         if not decoder.logprobs:
             return Choice(None, generation)
@@ -215,8 +219,13 @@ class LocalBackend(Backend):
 
     def at_once(self, prompt: Prompt, strategy: TokenStrategy, most: int) -> int:
         home = strategy.home(self)
-        if self.masking is not None or ("latency" not in vars(home) and not home.engine.cache.free):
-            return most  # masks are filled in many at a time; and it takes a free slot to measure
+        if self.masking is not None:
+            return most  # masks are filled in many at a time
+        if "latency" not in vars(home):
+            with home._turns.now() as mine:
+                if not mine or not home.engine.cache.free:
+                    return most  # it takes the engine, and a free slot, to measure
+                home.latency  # noqa: B018
         counts = np.arange(1, most + 1)
         rate = counts / home.latency.cost(counts, counts, len(self.encode(prompt)))
         return int(np.argmax(rate >= _WORTH_HAVING * rate.max())) + 1
@@ -238,14 +247,14 @@ class LocalBackend(Backend):
         )
 
     async def _finished(self, sequence: Sequence) -> None:
-        """Wait for the end of a sequence; if the wait is cancelled, so is the sequence."""
+        """Wait for the end of a sequence; if the wait ends before, so does the sequence."""
         loop = asyncio.get_running_loop()
         self._answers[sequence] = loop.create_future()
         if self._pump is None or self._pump.done() or self._pump.get_loop() is not loop:
             self._pump = loop.create_task(self._run())
         try:
             await self._answers[sequence]
-        except asyncio.CancelledError:
+        except BaseException:
             self.engine.cancel(sequence)
             raise
         finally:
@@ -253,7 +262,8 @@ class LocalBackend(Backend):
 
     async def _run(self) -> None:
         """Step the engine while anybody waits. Strategies act between steps, in a fixed order."""
-        while any(not answer.done() for answer in self._answers.values()):
+        loop = asyncio.get_running_loop()
+        while any(not answer.done() and answer.get_loop() is loop for answer in self._answers.values()):
             try:
                 ended = self.engine.step()
             except BaseException as error:
