@@ -38,7 +38,9 @@ class SamplingParams:
     repetition_penalty: divide positive and multiply negative logits of tokens already in the prompt
         or the answer (CTRL, Keskar et al. 2019); 1 leaves them alone.
     logit_bias: token id → value added to its logit.
-    seed: the request's own random seed; two requests with the same seed and prompt get the same answer.
+    seed: the request's own random seed; two requests with the same seed and prompt get the same answer, in any batch.
+        (Where a drafter samples its guesses, give `Speculative` a `draft_length` for that: how many pay depends on the
+        batch, and so does what is drawn. The distribution never does.)
     max_new_tokens, min_new_tokens: limits in tokens; end-of-sequence is impossible before the minimum.
     stop: strings that end the answer; the text is cut before the first of them.
     ignore_eos: keep going after an end-of-sequence token (for measurements of equal length).

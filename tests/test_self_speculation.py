@@ -30,6 +30,22 @@ def test_sampling_from_the_target_itself_keeps_its_distribution(name: str) -> No
     assert chi_square(*outcomes(drafting.find("layer-skip(layers=1)"), KeepsTheFirstGuess, 800, attach=True)) < 1e-6
 
 
+def test_with_drafts_of_a_fixed_length_a_sampled_request_does_not_depend_on_its_neighbours() -> None:
+    backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=4, capacity=64)
+    drafter = LayerSkip(layers=1)
+    drafter.attach(backend)
+    params = SamplingParams(max_new_tokens=16, temperature=1.0, seed=3, ignore_eos=True)
+    inputs = prompts(4, seed=2)
+
+    def sample(batch: list[list[int]]) -> list[list[int]]:
+        backend.forget()
+        results = run(backend.engine, [(prompt, SpeculativeDecoder(drafter, 3)) for prompt in batch], params)
+        assert accepted(results) > 0
+        return [s.new_tokens for s in results]
+
+    assert [sample([prompt])[0] for prompt in inputs] == sample(inputs)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
 def test_layer_skip_guesses_with_the_targets_cache_and_leaves_it_as_it_was(kind: str) -> None:
     model = tiny_model(kind, num_hidden_layers=5) if kind != "gpt2" else tiny_model(kind)

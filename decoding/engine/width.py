@@ -13,7 +13,8 @@ Losslessness. Guesses that were not sampled may be withheld for any reason, see 
 must not be withheld for what they turned out to be: `Width.lengths` decides on them before they are drawn, from
 what earlier steps taught, and `Width.trim` leaves them alone. Nor does the clock decide on them, so that a seed gives
 the same answer again: drafters that sample state their cost, which is then taken as stated, and those that do not are
-asked every time.
+asked every time. What else is in the batch does decide, since a guess keeps it waiting: the tokens of a seed may differ
+from batch to batch where guesses are sampled, their distribution does not.
 """
 
 from __future__ import annotations

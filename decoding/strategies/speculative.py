@@ -33,7 +33,8 @@ class Speculative(TokenStrategy):
     and no other model, and finds most for the time it takes, wherever answers repeat their prompt or each other.
 
     draft_length: guesses in a row per step and sequence at most; None chooses what is drafted and verified in every
-    step, none at all included, from what came true so far and the measured cost of a step.
+    step, none at all included, from what came true so far and the measured cost of a step. A seed's answer
+    is the same in any batch, unless that choice is about guesses that are sampled as well.
     verification: how the guesses of sampled requests are verified, one of `VERIFICATIONS`; "typical" changes the
     distribution of what is sampled.
     """
