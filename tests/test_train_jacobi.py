@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import decoding
 from decoding.engine.engine import Engine
@@ -19,7 +19,7 @@ from decoding.engine.runner import Runner
 from decoding.errors import InvalidRequest, ModelError, RecordError, UnknownName
 from decoding.models import LoadedModel
 from decoding.strategies import Jacobi
-from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS, load_adapter, merged, shipped_adapters
+from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS, about, load_adapter, merged, shipped_adapters
 from drafters.training.corpus import Document
 from experiments.consistency import Branch, ConsistencyLoss, Packed, Trajectory, choose, pack
 from experiments.jacobi_validation import both
@@ -274,3 +274,58 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     (deep / WEIGHTS).write_bytes(b"nothing")
     with pytest.raises(ModelError, match="is not a LoRA adapter"):
         decoding.generate("Hi", lm, strategy=Jacobi(adapter=str(deep)))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"lora_alpha": None}, "float"),
+        ({"lora_alpha": "x"}, "'x'"),
+        ({"alpha_pattern": {"(": 3}}, "unterminated"),
+        ({"alpha_pattern": [1]}, "items"),
+        ("[]", f"{CONFIG} holds no JSON object"),
+        ({"peft_type": "LORA"}, "'lora_alpha' is missing"),
+    ],
+)
+def test_a_configuration_that_is_none_is_said(tmp_path: Path, change: Any, why: str) -> None:
+    folder = lora(tmp_path / "lora", tiny_model())
+    kept = {} if change == {"peft_type": "LORA"} else json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(change if isinstance(change, str) else json.dumps(kept | change))
+    with pytest.raises(ModelError, match=f"is not a LoRA adapter.*{why}"):
+        load_adapter(str(folder))
+
+
+@pytest.mark.parametrize("card", [[1], {"fingerprint": "abc"}, {"fingerprint": 3}, {"fingerprint": [None]}])
+def test_a_card_that_is_none_is_said(tmp_path: Path, card: Any) -> None:
+    folder = lora(tmp_path / "lora", tiny_model())
+    (folder / CARD).write_text(json.dumps(card))
+    with pytest.raises(ModelError, match="is not a LoRA adapter"):
+        load_adapter(str(folder))
+    (folder / CARD).write_text(json.dumps({"training": [16]}))
+    assert about(folder) == "LoRA of rank 2"
+
+
+def test_updates_that_cannot_be_multiplied_are_said(tmp_path: Path) -> None:
+    folder = lora(tmp_path / "lora", tiny_model(), fingerprint=[1.0])
+    with pytest.raises(ModelError, match="is for another model"):  # a fingerprint of another length
+        merged(tiny_model(), load_adapter(str(folder)))
+    tensors = load_file(folder / WEIGHTS)
+    for up, down, why in ((1, 2, "do not fit each other"), (0, 0, "is not a LoRA adapter")):
+        cut = {key: (t[:up] if "lora_A" in key else t[:, :down].contiguous()) for key, t in tensors.items()}
+        save_file(cut, folder / WEIGHTS)
+        with pytest.raises(ModelError, match=why):
+            load_adapter(str(folder))
+
+
+def test_an_adapter_that_was_trained_anew_is_read_again(tmp_path: Path) -> None:
+    lm, params = backend(), decoding.SamplingParams(max_new_tokens=8)
+    folder = lora(tmp_path / "lora", lm.model)
+    strategy = Jacobi(block_size=4, adapter=str(folder))
+    before = decoding.generate([5, 6, 7], lm, strategy=strategy, params=params).tokens
+    (kept,) = lm.variants.values()
+    decoding.generate([5, 6, 7], lm, strategy=strategy, params=params)
+    assert list(lm.variants.values()) == [kept], "nothing was written in between"
+    save_file({key: -3 * tensor for key, tensor in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    after = decoding.generate([5, 6, 7], lm, strategy=strategy, params=params).tokens
+    assert before != after == decoding.generate([5, 6, 7], backend(), strategy=strategy, params=params).tokens
+    assert len(lm.variants) == 1, "the model of before is let go"

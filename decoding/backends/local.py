@@ -42,7 +42,8 @@ class LocalBackend(Backend):
     masking: how a masked checkpoint fills in; None for causal ones. engine: the token-level engine.
     eos: ids that end an answer. slots, capacity, weights, compile, step_tokens: see `Runner` and `Engine`.
     variants: backends of the same model with other weights, by name, for strategies that need them; variant: the name
-    that this one has among those of another, or "".
+    that this one has among those of another, or ""; files: when those that it was made from were written, and their
+    sizes.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"text", "prefill", "tokens"})
@@ -76,6 +77,7 @@ class LocalBackend(Backend):
             self.capabilities = frozenset({"text", "prefill", "masked"})  # type: ignore[misc]
         self.parameters = model.num_parameters()
         self.variant = ""
+        self.files: tuple[tuple[int, int], ...] = ()
         self.variants: dict[str, LocalBackend] = {}
         self._decoders: dict[TokenStrategy, Decoder] = {}
         self._answers: dict[Sequence, asyncio.Future[None]] = {}

@@ -56,13 +56,15 @@ def shipped_adapters() -> dict[str, Path]:
 
 
 def adapted(backend: LocalBackend, name: str) -> LocalBackend:
-    """A backend that runs `backend`'s model with an adapter merged into it; made once for each.
+    """A backend that runs `backend`'s model with an adapter merged into it; made once for each, and again when its
+    files are no longer those that it was made from.
 
     Raises UnknownName if there is no such adapter, ModelError if it cannot be read or is for another model.
     """
     if backend.variant == name:
         return backend
-    if name not in backend.variants:
+    files = _stamp(_found(name))
+    if name not in backend.variants or backend.variants[name].files != files:
         fused = backend.engine.runner.fused
         variant = type(backend)(
             merged(backend.model, load_adapter(name)),
@@ -75,18 +77,14 @@ def adapted(backend: LocalBackend, name: str) -> LocalBackend:
             weights="float32" if fused is None else fused.weights,
             compile=backend.engine.runner.compiled is not None,
         )
-        variant.variant = name
+        variant.variant, variant.files = name, files
         backend.variants[name] = variant
     return backend.variants[name]
 
 
 def load_adapter(name: str) -> Adapter:
     """Read a shipped adapter, or one from a folder."""
-    folder = shipped_adapters().get(name) or Path(name).expanduser()
-    if not folder.is_dir():
-        if folder.name == name:
-            raise UnknownName("adapter", name, [*shipped_adapters(), "the path of a folder"])
-        raise ModelError(f"there is no adapter at {folder}: no such folder.")
+    folder = _found(name)
     config, card = _described(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -97,7 +95,10 @@ def load_adapter(name: str) -> Adapter:
         raise ModelError(
             f"{folder} holds more than plain LoRA updates of linear layers; train it without such options."
         )
-    return Adapter(folder, _updates(folder, config, tensors), _numbers(card.get("fingerprint")))
+    try:
+        return Adapter(folder, _updates(folder, config, tensors), _numbers(card.get("fingerprint")))
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+        raise _no_adapter(folder, error) from error
 
 
 def about(folder: Path) -> str:
@@ -107,7 +108,8 @@ def about(folder: Path) -> str:
     text = f"LoRA of rank {config.get('r')}"
     if model := config.get("base_model_name_or_path"):
         text += f" for {model}"
-    if block := card.get("training", {}).get("block_size"):
+    training = card.get("training")
+    if isinstance(training, dict) and (block := training.get("block_size")):
         text += f", trained with blocks of {block}"
     return text
 
@@ -142,22 +144,43 @@ def fingerprint(model: PreTrainedModel) -> tuple[float, ...]:
 
 
 def _alike(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    apart, size = math.dist(one, other), math.hypot(*one)
-    return len(one) == len(other) and apart <= _LIKENESS * size
+    return len(one) == len(other) and math.dist(one, other) <= _LIKENESS * math.hypot(*one)
+
+
+def _found(name: str) -> Path:
+    """The folder of a shipped adapter, or the one that `name` is the path of."""
+    folder = shipped_adapters().get(name) or Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.name == name:
+            raise UnknownName("adapter", name, [*shipped_adapters(), "the path of a folder"])
+        raise ModelError(f"there is no adapter at {folder}: no such folder.")
+    return folder
+
+
+def _stamp(folder: Path) -> tuple[tuple[int, int], ...]:
+    """What changes when an adapter is written anew: when its files were written, and their sizes."""
+    found = [file.stat() for name in (WEIGHTS, CONFIG) if (file := folder / name).is_file()]
+    return tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
 
 
 def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """An adapter's configuration and its card, which is empty where there is none."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        card = json.loads((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else {}
+        return _entries(folder / CONFIG), _entries(folder / CARD) if (folder / CARD).is_file() else {}
     except (OSError, ValueError) as error:
         raise _no_adapter(folder, error) from error
-    return config, card
+
+
+def _entries(file: Path) -> dict[str, Any]:
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(entries, dict):
+        raise ValueError(f"{file.name} holds no JSON object")
+    return entries
 
 
 def _no_adapter(folder: Path, error: Exception) -> ModelError:
-    return ModelError(f"{folder} is not a LoRA adapter as peft saves it: {error}.")
+    why = f"{error} is missing" if isinstance(error, KeyError) else error
+    return ModelError(f"{folder} is not a LoRA adapter as peft saves it: {why}.")
 
 
 def _stranger(adapter: Adapter, model: PreTrainedModel, why: str) -> ModelError:
@@ -180,7 +203,9 @@ def _updates(
     for name, pair in halves.items():
         if set(pair) != {"A", "B"}:
             raise ModelError(f"{folder} lacks half of the update of {name}.")
-        rank = pair["A"].shape[0]
+        if pair["A"].dim() != 2 or pair["B"].dim() != 2 or len(pair["A"]) != pair["B"].shape[1]:
+            raise ModelError(f"{folder} holds two halves of the update of {name} that do not fit each other.")
+        rank = len(pair["A"])
         alpha = _patterned(config.get("alpha_pattern"), name, float(config["lora_alpha"]))
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         updates[name] = pair["A"], pair["B"], scale
