@@ -18,6 +18,7 @@ from decoding.engine.engine import Engine
 from decoding.engine.runner import Runner
 from decoding.errors import InvalidRequest, ModelError, RecordError, UnknownName
 from decoding.models import LoadedModel
+from decoding.report.film import shoot
 from decoding.strategies import Jacobi
 from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS, about, load_adapter, merged, shipped_adapters
 from drafters.training.corpus import Document
@@ -227,6 +228,15 @@ def test_the_adapted_model_decodes_beside_the_base_model_and_shares_its_tensors(
         "List", lm, strategy=f"skeleton(inner=jacobi(block_size=4, adapter='{adapter}'))", params=params
     )
     assert nested.error is None and len(lm.variants) == 1
+
+
+@pytest.mark.parametrize("strategy", ["jacobi({})", "skeleton(inner=jacobi({}))"])
+def test_the_first_film_of_an_adapted_model_shows_it(tmp_path: Path, strategy: str) -> None:
+    lm = backend()
+    strategy = strategy.format(f"block_size=4, adapter='{lora(tmp_path / 'lora', lm.model)}'")
+    films = [shoot("List", lm, strategy=strategy, params=decoding.SamplingParams(max_new_tokens=12)) for _ in range(2)]
+    assert films[0].reels and [len(film.reels) for film in films] == [len(films[0].reels)] * 2
+    assert not any(home.engine.filming for home in (lm, *lm.variants.values()))
 
 
 def test_an_adapter_in_the_package_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from decoding.backends.base import Backend
 from decoding.backends.local import LocalBackend
 from decoding.errors import CapabilityError, RecordError
 from decoding.report.fixed_point import FixedPoint, branches, final_text, fixed_point, reels, stationary_places
-from decoding.strategies import Strategy, TokenStrategy
+from decoding.strategies import Strategy
 from decoding.trace import Frame
 from decoding.types import Generation, Prompt, SamplingParams
 
@@ -85,7 +85,7 @@ def shoot(
     strategy = resolve(strategy)
     if not isinstance(lm, LocalBackend):
         raise CapabilityError("a film shows every token of every block, which a server does not; use a local model.")
-    with _filming(lm, strategy):
+    with _filming(lm):
         generation: Generation = generate([prompt], lm, strategy=strategy, params=params)[0]
     shots = reels(generation.trace)
     labels = {step.sequence: label for label, part in generation.parts.items() for step in part.trace}
@@ -165,14 +165,13 @@ def write_film(film: Film, path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def _filming(lm: LocalBackend, strategy: Strategy) -> Iterator[None]:
-    homes = [lm, *lm.variants.values(), *([strategy.home(lm)] if isinstance(strategy, TokenStrategy) else [])]
-    for home in homes:
+def _filming(lm: LocalBackend) -> Iterator[None]:
+    for home in (lm, *lm.variants.values()):
         home.engine.filming = True
     try:
         yield
     finally:
-        for home in homes:
+        for home in (lm, *lm.variants.values()):  # those that were made meanwhile film, too
             home.engine.filming = False
 
 

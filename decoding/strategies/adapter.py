@@ -78,6 +78,7 @@ def adapted(backend: LocalBackend, name: str) -> LocalBackend:
             compile=backend.engine.runner.compiled is not None,
         )
         variant.variant, variant.files = name, files
+        variant.engine.filming = backend.engine.filming
         backend.variants[name] = variant
     return backend.variants[name]
 
