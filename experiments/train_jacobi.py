@@ -30,7 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from decoding.backends.local import LocalBackend
-from decoding.errors import InvalidRequest, RecordError
+from decoding.errors import DecodingError, InvalidRequest, RecordError
 from decoding.models import LoadedModel, load_model
 from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS, fingerprint
 from drafters.training import distill
@@ -38,7 +38,7 @@ from drafters.training.corpus import Corpus, Document
 from drafters.training.fit import warm_cosine
 from experiments.consistency import ConsistencyLoss, Trajectory, choose, pack
 from experiments.jacobi_validation import Text, Validation, base_perplexity, validate
-from experiments.trajectories import collect, corrupt, repetitive
+from experiments.trajectories import collect, corrupt, digest, repetitive
 
 TRAINED = "trained.safetensors"
 _LONGEST_PROMPT = 384  # tokens; what stands in longer ones costs more to read than the answer teaches
@@ -117,16 +117,18 @@ class Run:
 def train(
     loaded: LoadedModel, trajectories: List[Trajectory], held_out: List[Document], options: Training, folder: Path
 ) -> Run:
-    """Train, or go on where a run of the same options in `folder` stopped.
+    """Train, or go on where a run of the same model, data and options in `folder` stopped.
 
     The adapter of the best validation is `folder/adapter`; without LoRA, the model is. Raises RecordError if the
-    folder holds a run of other options.
+    folder holds another run.
     """
     usable = [t for t in trajectories if t.branches]
     if not usable:
         raise RecordError("no trajectory holds a wrong guess, so there is nothing to learn; collect more.")
-    _same_options(options, len(usable), folder / "training-options.json")
     mark = fingerprint(loaded.model)
+    data = digest([usable, [(document.prompt, document.tokens.tolist()) for document in held_out]])
+    here = {**asdict(options), "trajectories": len(usable), "data": data, "fingerprint": list(mark)}
+    _same_run(here, folder / "training-options.json")
     torch.manual_seed(options.seed)
     model = _with_lora(loaded.model, options) if options.rank else loaded.model.requires_grad_(True)
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
@@ -270,12 +272,14 @@ def _save(accelerator: Accelerator, run: Run, checkpoint: Path) -> None:
         part.replace(checkpoint / "run.json")
 
 
-def _same_options(options: Training, count: int, file: Path) -> None:
+def _same_run(here: dict[str, Any], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    here = {**asdict(options), "trajectories": count}
     if file.exists() and (there := json.loads(file.read_text(encoding="utf-8"))) != here:
         differs = ", ".join(name for name in here if there.get(name) != here[name])
-        raise RecordError(f"{file.parent} holds a run with other {differs}; use the same options or another folder.")
+        raise RecordError(
+            f"{file.parent} holds a run that differs in {differs}; use the same model, data and options, or another "
+            "folder."
+        )
     file.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
 
 
@@ -292,7 +296,15 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, help="folder of drafters.training.distill (OUTPUT/answers)")
     parser.add_argument("--output", type=Path, default=Path("runs/jacobi"))
     arguments = parser.parse_args()
-    options = Training(**{name: getattr(arguments, name) for name in asdict(default)})
+    try:
+        run = _collect_and_train(arguments)
+    except DecodingError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"best: {run.best}\nadapter: {arguments.output / 'adapter'}")
+
+
+def _collect_and_train(arguments: argparse.Namespace) -> Run:
+    options = Training(**{name: getattr(arguments, name) for name in asdict(Training())})
     loaded = load_model(arguments.model)
     answers = arguments.answers or arguments.output / "answers"
     lm = LocalBackend(
@@ -302,8 +314,10 @@ def main() -> None:
         distill.collect(distill.parse(arguments), answers, lm)
 
     def documents(held_out: bool, count: int) -> list[Document]:
-        found = Corpus(answers, (), held_out=held_out).documents
-        return [d for d in found if d.prompt <= _LONGEST_PROMPT][:count]
+        corpus = Corpus(answers, (), held_out=held_out)
+        if corpus.model != loaded.name:
+            raise RecordError(f"{answers} holds answers of {corpus.model}, not of {loaded.name}; use its own.")
+        return [d for d in corpus.documents if d.prompt <= _LONGEST_PROMPT][:count]
 
     prompts = [d.tokens[: d.prompt].tolist() for d in documents(False, arguments.sequences)]
     trajectories = collect(
@@ -320,8 +334,7 @@ def main() -> None:
         tokens = document.tokens[: document.prompt + options.max_new_tokens].tolist()
         if not repetitive(tokens[document.prompt :]):
             trajectories.append(corrupt(tokens, document.prompt, options.depth or options.block_size, random))
-    run = train(loaded, trajectories, documents(True, options.validation), options, arguments.output)
-    print(f"best: {run.best}\nadapter: {arguments.output / 'adapter'}")
+    return train(loaded, trajectories, documents(True, options.validation), options, arguments.output)
 
 
 if __name__ == "__main__":

@@ -226,9 +226,16 @@ def main() -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
     state, first, best, spent = options.output / "checkpoint", 0, math.inf, 0.0
+    free = ("output", "resume", "steps", "every")  # may differ from those of the run that goes on
+    kept = {name: value for name, value in vars(options).items() if name not in free}
     if options.resume:
+        progress = json.loads((state / "progress.json").read_text())
+        if differs := [name for name in kept if progress["options"].get(name) != kept[name]]:
+            parser.error(
+                f"{options.output} holds a run with other {', '.join(differs)}; give its own, or another --output"
+            )
         accelerator.load_state(str(state))
-        first, best, spent = json.loads((state / "progress.json").read_text())
+        first, best, spent = progress["step"], progress["best"], progress["seconds"]
     held_out = list(islice(batches(fast, options.objective, options.batch, seed=10**6, test=True), 2 * _POOL))
     # Every process, and every resumption, draws examples of its own.
     source = batches(fast, options.objective, options.batch, seed=1 + accelerator.process_index + 1000 * first)
@@ -268,7 +275,8 @@ def main() -> None:
             save(plain, fast, options.output, card)
         accelerator.save_state(str(state))
         if accelerator.is_main_process:
-            (state / "progress.json").write_text(json.dumps([step, best, spent]))
+            progress = {"step": step, "best": best, "seconds": spent, "options": kept}
+            (state / "progress.json").write_text(json.dumps(progress))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Jacobi trajectories: the iterates on the way to the model's own greedy answers, collected by the engine or made up.
 
 All prompts decode together, block after block, from the guesses that decoding makes, too. One shard of prompts is one
-safetensors file, written whole or not at all, so an interrupted collection goes on where it stopped.
+safetensors file, written whole or not at all, so an interrupted collection goes on where it stopped. It says of which
+model and prompts it was made, and is made again for others.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence as List
 from pathlib import Path
@@ -13,10 +16,12 @@ from random import Random
 
 import torch
 from rich.progress import track
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from decoding.backends.local import LocalBackend
 from decoding.report.fixed_point import final_text, main_branch, reels
+from decoding.strategies.adapter import fingerprint
 from decoding.strategies.jacobi import JacobiDecoder
 from decoding.types import SamplingParams
 from experiments.consistency import Branch, Trajectory
@@ -34,14 +39,16 @@ def collect(
     max_new_tokens: int,
     schedule: str = "gauss-seidel",
 ) -> list[Trajectory]:
-    """The trajectories of all prompts; whatever `folder` has already is read."""
+    """The trajectories of all prompts; whatever `folder` has already of this model and these prompts is read."""
     folder.mkdir(parents=True, exist_ok=True)
     found = []
+    model = json.dumps(fingerprint(lm.model))
     shards = [prompts[at : at + _SHARD] for at in range(0, len(prompts), _SHARD)]
     for number, shard in enumerate(track(shards, "trajectories", disable=len(shards) < 2)):
         file = folder / f"trajectories-{block_size}-{schedule}-{max_new_tokens}-{number:05}.safetensors"
-        if not file.exists():
-            _save(follow(lm, shard, block_size, max_new_tokens, schedule), file)
+        origin = {"model": model, "prompts": digest(shard)}
+        if not file.exists() or _origin(file) != origin:
+            _save(follow(lm, shard, block_size, max_new_tokens, schedule), file, origin)
         found += _load(file)
     return found
 
@@ -98,7 +105,12 @@ def repetitive(tokens: List[int]) -> bool:
     return max(runs.values(), default=0) >= _REPEATS
 
 
-def _save(trajectories: List[Trajectory], file: Path) -> None:
+def digest(data: object) -> str:
+    """Something short by which plain data are known again."""
+    return hashlib.sha256(repr(data).encode()).hexdigest()
+
+
+def _save(trajectories: List[Trajectory], file: Path, origin: dict[str, str]) -> None:
     branches = [(i, branch) for i, trajectory in enumerate(trajectories) for branch in trajectory.branches]
 
     def column(values: List[int]) -> torch.Tensor:
@@ -114,8 +126,13 @@ def _save(trajectories: List[Trajectory], file: Path) -> None:
         "guesses": column([token for _, branch in branches for token in branch.guesses]),
     }
     part = file.with_suffix(".part")
-    save_file(tensors, part)
+    save_file(tensors, part, metadata=origin)
     part.replace(file)
+
+
+def _origin(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
 
 
 def _load(file: Path) -> list[Trajectory]:

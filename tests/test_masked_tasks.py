@@ -85,7 +85,9 @@ def test_a_model_is_asked_for_the_answer_and_shown_no_more_than_it_will_be(objec
             assert alone or batch.tokens[i, len(prompt)] == length
 
 
-def test_a_training_run_saves_resumes_and_its_model_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_run_saves_resumes_and_its_model_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "model"
     small = ["--batch", "4", "--hidden", "32", "--layers", "2", "--every", "2", "--output", str(folder)]
     monkeypatch.setattr(train_tasks, "_POOL", 1)
@@ -94,7 +96,14 @@ def test_a_training_run_saves_resumes_and_its_model_answers(tmp_path: Path, monk
         train_tasks.main()
     card = json.loads((folder / "training.json").read_text())
     assert card["steps"] in (2, 4) and card["examples"] == 4 * card["steps"] and card["validation_loss"] > 0
-    assert json.loads((folder / "checkpoint" / "progress.json").read_text())[0] == 4
+    assert json.loads((folder / "checkpoint" / "progress.json").read_text())["step"] == 4
+    for change in (["mask-predict"], ["block-diffusion", "--batch", "8"], ["block-diffusion", "--hidden", "64"]):
+        monkeypatch.setattr(sys, "argv", ["train_tasks", change[0], *small, *change[1:], "--steps", "6", "--resume"])
+        with pytest.raises(SystemExit) as ended:
+            train_tasks.main()
+        assert ended.value.code == 2
+        differs = change[1].strip("-") if change[1:] else "objective"
+        assert f"holds a run with other {differs};" in capsys.readouterr().err
     lm = decoding.load(str(folder))
     assert lm.masking is not None and (lm.masking.mask, lm.masking.span) == (MASK, BLOCK)
     params = decoding.SamplingParams(max_new_tokens=8)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,6 +24,8 @@ from decoding.report.film import shoot
 from decoding.strategies import Jacobi
 from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS, about, load_adapter, merged, shipped_adapters
 from drafters.training.corpus import Document
+from drafters.training.distill import HELD_OUT, save_answers
+from experiments import train_jacobi, trajectories
 from experiments.consistency import Branch, ConsistencyLoss, Packed, Trajectory, choose, pack
 from experiments.jacobi_validation import both
 from experiments.train_jacobi import Training, _with_lora, train
@@ -86,7 +90,7 @@ def test_iterates_learn_what_the_answer_says_at_the_same_place() -> None:
     assert losses.total.item() == pytest.approx(2 * losses.answer + losses.consistency, rel=1e-4)
 
 
-def test_trajectories_are_the_iterates_of_greedy_answers(tmp_path: Path) -> None:
+def test_trajectories_are_the_iterates_of_greedy_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, work = backend(), prompts(5)
     found = follow(lm, work, block_size=6, max_new_tokens=24)
     params = decoding.SamplingParams(max_new_tokens=24)
@@ -101,7 +105,17 @@ def test_trajectories_are_the_iterates_of_greedy_answers(tmp_path: Path) -> None
     options: dict[str, Any] = {"block_size": 6, "max_new_tokens": 24}
     lm.forget()  # a prompt that is not read again leaves one more step to guess in
     again = collect(lm, work, tmp_path, **options)
-    assert again == found == collect(lm, [[0]] * 5, tmp_path, **options), "the second time it is read"
+    assert again == found
+    with monkeypatch.context() as patch:
+        patch.setattr(trajectories, "follow", None)
+        assert collect(lm, work, tmp_path, **options) == found, "the second time it is read"
+    lm.forget()
+    more = collect(lm, [*work, *prompts(3, seed=5)], tmp_path, **options)
+    assert more[: len(found)] == found and len(more) > len(found), "other prompts"
+    other = backend(tiny_model(seed=5, max_position_embeddings=2048))
+    theirs = collect(other, work, tmp_path, **options)
+    other.forget()
+    assert theirs == follow(other, work, **options) != found, "another model"
 
 
 def test_what_turns_in_a_circle_is_left_out() -> None:
@@ -147,8 +161,8 @@ def test_training_teaches_resumes_and_leaves_an_adapter_that_decodes(
     found = follow(lm, prompts(6, seed=4), block_size=6, max_new_tokens=24)
     held_out = [Document(torch.tensor(t.tokens), t.prompt, 0, 0) for t in found[:3]]
 
-    def loaded() -> LoadedModel:
-        return LoadedModel(tiny_model(), tiny_tokenizer(), "tiny", "")
+    def loaded(seed: int = 2) -> LoadedModel:
+        return LoadedModel(tiny_model(seed=seed), tiny_tokenizer(), "tiny", "")
 
     whole = train(loaded(), found, held_out, OPTIONS, tmp_path / "whole")
     assert whole.steps == whole.total == 2 * -(-len(found) // 2)
@@ -172,8 +186,14 @@ def test_training_teaches_resumes_and_leaves_an_adapter_that_decodes(
     cut = train(loaded(), found, held_out, OPTIONS, tmp_path / "cut")
     assert [v.step for v in cut.validations] == [v.step for v in whole.validations]
     assert cut.validations[-1].perplexity == pytest.approx(whole.validations[-1].perplexity, rel=1e-3)
-    with pytest.raises(RecordError, match="epochs"):
-        train(loaded(), found, held_out, Training(**{**vars(OPTIONS), "epochs": 3}), tmp_path / "cut")
+    with pytest.raises(RecordError, match="differs in epochs;"):
+        train(loaded(), found, held_out, replace(OPTIONS, epochs=3), tmp_path / "cut")
+    with pytest.raises(RecordError, match="differs in fingerprint;"):
+        train(loaded(seed=5), found, held_out, OPTIONS, tmp_path / "cut")
+    with pytest.raises(RecordError, match="differs in data;"):
+        train(loaded(), found[::-1], held_out, OPTIONS, tmp_path / "cut")
+    with pytest.raises(RecordError, match="differs in data;"):
+        train(loaded(), found, held_out[:2], OPTIONS, tmp_path / "cut")
 
     from peft import PeftModel
 
@@ -190,6 +210,30 @@ def test_training_teaches_resumes_and_leaves_an_adapter_that_decodes(
     assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] == loaded().name
     lm.forget()
     assert not next(iter(lm.variants.values())).engine.cache.lengths.any()
+
+
+def test_the_command_trains_on_answers_of_its_model_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    lm = backend()
+    lm.model.save_pretrained(tmp_path / "tiny")
+    lm.tokenizer.save_pretrained(tmp_path / "tiny")
+    options = f"--model {tmp_path / 'tiny'} --output {tmp_path / 'run'} --rank 2 --block-size 4 --epochs 1"
+    options += " --max-new-tokens 16 --validation 2 --validation-tokens 8"
+    for name in ("tiny", "other"):
+        lm.name, answers = name, tmp_path / f"answers of {name}"
+        answers.mkdir()
+        save_answers(lm, [f"Question {i}?" for i in range(4)], 16, answers / "shard-00000.safetensors")
+        save_answers(lm, ["Who?", "When?"], 16, answers / HELD_OUT)
+        monkeypatch.setattr(sys, "argv", ["train_jacobi", *options.split(), "--answers", str(answers)])
+        if name == "tiny":
+            train_jacobi.main()
+            assert load_adapter(str(tmp_path / "run" / "adapter")).updates
+    with pytest.raises(SystemExit) as ended:
+        train_jacobi.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("holds answers of other, not of tiny; use its own.")
 
 
 def lora(folder: Path, model: Any, rank: int = 2, **card: Any) -> Path:

@@ -60,7 +60,8 @@ class States:
 class Corpus:
     """The documents of a folder that `drafters.training.distill` filled, held out or to train on.
 
-    layers: whose inputs the features are. longest: documents are cut to so many tokens.
+    layers: whose inputs the features are. longest: documents are cut to so many tokens. model: the name of the one
+    whose answers they are.
     """
 
     def __init__(self, folder: Path, layers: tuple[int, ...], *, held_out: bool = False, longest: int = 1024) -> None:
@@ -68,6 +69,8 @@ class Corpus:
         self.shards = [folder / HELD_OUT] if held_out else sorted(folder.glob("shard-*.safetensors"))
         if not self.shards or not self.shards[0].exists():
             raise RecordError(f"{folder} holds no answers; collect some with `python -m drafters.training.distill`.")
+        with safe_open(self.shards[0], framework="pt") as first:
+            self.model = str((first.metadata() or {}).get("model"))
         self.documents: list[Document] = []
         for i, shard in enumerate(self.shards):
             tensors = load_file(shard)
