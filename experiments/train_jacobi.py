@@ -34,6 +34,7 @@ from decoding.errors import DecodingError, InvalidRequest, RecordError
 from decoding.models import LoadedModel, load_model
 from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS, fingerprint
 from drafters.training import distill
+from drafters.training.checkpoint import load_checkpoint, save_checkpoint, saved_state
 from drafters.training.corpus import Corpus, Document
 from drafters.training.fit import warm_cosine
 from experiments.consistency import ConsistencyLoss, Trajectory, choose, pack
@@ -92,12 +93,18 @@ class Training:
             ("epochs", 1),
             ("batch", 1),
             ("max_new_tokens", 2),
+            ("evaluate_every", 1),
+            ("save_every", 1),
+            ("validation", 1),
+            ("validation_tokens", 1),
         ):
             if getattr(self, name) < least:
                 raise InvalidRequest(f"{name} must be at least {least}, not {getattr(self, name)}.")
         for name in ("learning_rate", "guesses", "clip"):
             if not getattr(self, name) > 0:
                 raise InvalidRequest(f"{name} must be positive, not {getattr(self, name)}.")
+        if not 0 <= self.warmup <= 1:
+            raise InvalidRequest(f"warmup is a share of the steps, from 0 to 1, not {self.warmup}.")
 
 
 @dataclass
@@ -144,11 +151,9 @@ def train(
     module, optimizer = accelerator.prepare(loss, optimizer)
     accelerator.register_for_checkpointing(scheduler)
     _only_trained_weights(accelerator, weights)
-    checkpoint = folder / "checkpoint"
-    if (checkpoint / "run.json").exists():
-        accelerator.load_state(str(checkpoint))
-        state = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
-        run.steps, run.validations = state["steps"], [Validation(**v) for v in state["validations"]]
+    if saved := saved_state(accelerator, folder, _run):
+        load_checkpoint(accelerator, folder)
+        run = saved
 
     def perplexity(texts: List[Text]) -> float:
         with model.disable_adapter():  # type: ignore[operator]
@@ -205,7 +210,7 @@ def train(
                 progress.console.print(check())
                 began += time.perf_counter() - paused
             if run.steps % options.save_every == 0 or run.steps == run.total:
-                _save(accelerator, run, checkpoint)
+                save_checkpoint(accelerator, folder, asdict(run))
     return run
 
 
@@ -263,13 +268,8 @@ def _only_trained_weights(accelerator: Accelerator, weights: dict[str, nn.Parame
     accelerator.register_load_state_pre_hook(loading)
 
 
-def _save(accelerator: Accelerator, run: Run, checkpoint: Path) -> None:
-    accelerator.save_state(str(checkpoint))
-    if accelerator.is_main_process:
-        state = {"steps": run.steps, "validations": [asdict(v) for v in run.validations]}
-        part = checkpoint / "run.part"
-        part.write_text(json.dumps(state), encoding="utf-8")
-        part.replace(checkpoint / "run.json")
+def _run(values: dict[str, Any]) -> Run:
+    return Run(**{**values, "validations": [Validation(**each) for each in values["validations"]]})
 
 
 def _same_run(here: dict[str, Any], file: Path) -> None:

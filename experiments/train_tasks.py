@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from decoding.checkpoint import quiet_transformers
+from decoding.errors import RecordError
+from drafters.training.checkpoint import load_checkpoint, save_checkpoint, saved_state
 from experiments.tasks import BOS, EOS, LENGTH, LONGEST_ANSWER, MASK, PAD, encode, examples, tokenizer
 
 BLOCK = 16
@@ -209,6 +212,13 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=250, help="steps between validations (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     options = parser.parse_args()
+    for name in ("steps", "batch", "hidden", "layers", "every"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(options, name)}.")
+    if options.hidden % 8:
+        parser.error(f"--hidden must be a multiple of 8, for four heads of an even size, not {options.hidden}.")
+    if not options.learning_rate > 0:
+        parser.error(f"--learning-rate must be positive, not {options.learning_rate}.")
     set_seed(options.seed)
     accelerator = Accelerator()
     fast = tokenizer()
@@ -225,17 +235,22 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
-    state, first, best, spent = options.output / "checkpoint", 0, math.inf, 0.0
+    first, best, spent = 0, math.inf, 0.0
     free = ("output", "resume", "steps", "every")  # may differ from those of the run that goes on
     kept = {name: value for name, value in vars(options).items() if name not in free}
     if options.resume:
-        progress = json.loads((state / "progress.json").read_text())
-        if differs := [name for name in kept if progress["options"].get(name) != kept[name]]:
-            parser.error(
-                f"{options.output} holds a run with other {', '.join(differs)}; give its own, or another --output"
-            )
-        accelerator.load_state(str(state))
-        first, best, spent = progress["step"], progress["best"], progress["seconds"]
+        try:
+            saved = saved_state(accelerator, options.output, itemgetter("step", "best", "seconds", "options"))
+            if saved is None:
+                parser.error(f"there is no checkpoint in {options.output}; leave out --resume to start a run.")
+            first, best, spent, theirs = saved
+            if differs := [name for name in kept if theirs.get(name) != kept[name]]:
+                parser.error(
+                    f"{options.output} holds a run with other {', '.join(differs)}; give its own, or another --output."
+                )
+            load_checkpoint(accelerator, options.output)
+        except RecordError as error:
+            parser.error(str(error))
     held_out = list(islice(batches(fast, options.objective, options.batch, seed=10**6, test=True), 2 * _POOL))
     # Every process, and every resumption, draws examples of its own.
     source = batches(fast, options.objective, options.batch, seed=1 + accelerator.process_index + 1000 * first)
@@ -273,10 +288,8 @@ def main() -> None:
                 "options": {key: value for key, value in vars(options).items() if key not in ("output", "resume")},
             }
             save(plain, fast, options.output, card)
-        accelerator.save_state(str(state))
-        if accelerator.is_main_process:
-            progress = {"step": step, "best": best, "seconds": spent, "options": kept}
-            (state / "progress.json").write_text(json.dumps(progress))
+        progress = {"step": step, "best": best, "seconds": spent, "options": kept}
+        save_checkpoint(accelerator, options.output, progress)
 
 
 if __name__ == "__main__":

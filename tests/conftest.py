@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Before anything imports the hub's client, which reads it once.
@@ -32,6 +34,26 @@ def smollm() -> LoadedModel:
 def prompts() -> list[str]:
     """24 prompts from one word to a page: questions, code, figures, other scripts, repetition, odd spacing."""
     return list(_PROMPTS)
+
+
+@pytest.fixture
+def kill_in_save(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Call it with n, and the nth checkpoint of a training run is cut off in the middle by a KeyboardInterrupt."""
+    from accelerate import Accelerator
+
+    whole, saved = Accelerator.save_state, itertools.count(1)
+
+    def kill_in(n: int) -> None:
+        def save(self: Accelerator, folder: str) -> None:
+            whole(self, folder)
+            if next(saved) == n:
+                for file in Path(folder).iterdir():
+                    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Accelerator, "save_state", save)
+
+    return kill_in
 
 
 @pytest.fixture(autouse=True, scope="session")

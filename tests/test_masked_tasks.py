@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -85,29 +87,56 @@ def test_a_model_is_asked_for_the_answer_and_shown_no_more_than_it_will_be(objec
             assert alone or batch.tokens[i, len(prompt)] == length
 
 
-def test_a_training_run_saves_resumes_and_its_model_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "model"
+def small_run(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     small = ["--batch", "4", "--hidden", "32", "--layers", "2", "--every", "2", "--output", str(folder)]
     monkeypatch.setattr(train_tasks, "_POOL", 1)
-    for more in (["--steps", "2"], ["--steps", "4", "--resume"]):
-        monkeypatch.setattr(sys, "argv", ["train_tasks", "block-diffusion", *small, *more])
-        train_tasks.main()
+    monkeypatch.setattr(sys, "argv", ["train_tasks", arguments[0], *small, *arguments[1:]])
+    train_tasks.main()
+
+
+def test_a_training_run_that_is_killed_while_it_saves_goes_on_and_its_model_answers(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kill_in_save: Callable[[int], None],
+) -> None:
+    folder = tmp_path / "model"
+    kill_in_save(2)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(folder, monkeypatch, "block-diffusion", "--steps", "4")
+    capsys.readouterr()
+    small_run(folder, monkeypatch, "block-diffusion", "--steps", "4", "--resume")
+    assert re.findall(r"step \d/\d", capsys.readouterr().out) == ["step 4/4"]
     card = json.loads((folder / "training.json").read_text())
     assert card["steps"] in (2, 4) and card["examples"] == 4 * card["steps"] and card["validation_loss"] > 0
-    assert json.loads((folder / "checkpoint" / "progress.json").read_text())["step"] == 4
-    for change in (["mask-predict"], ["block-diffusion", "--batch", "8"], ["block-diffusion", "--hidden", "64"]):
-        monkeypatch.setattr(sys, "argv", ["train_tasks", change[0], *small, *change[1:], "--steps", "6", "--resume"])
-        with pytest.raises(SystemExit) as ended:
-            train_tasks.main()
-        assert ended.value.code == 2
-        differs = change[1].strip("-") if change[1:] else "objective"
-        assert f"holds a run with other {differs};" in capsys.readouterr().err
+    assert json.loads((folder / "checkpoint" / "run.json").read_text())["step"] == 4
     lm = decoding.load(str(folder))
     assert lm.masking is not None and (lm.masking.mask, lm.masking.span) == (MASK, BLOCK)
     params = decoding.SamplingParams(max_new_tokens=8)
     assert decoding.generate("add 3 + 4", lm, strategy="block-diffusion", params=params).error is None
+
+
+def test_what_cannot_be_trained_or_resumed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            small_run(tmp_path, monkeypatch, *arguments)
+        assert ended.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    for option, value in (("--every", "0"), ("--steps", "-1"), ("--hidden", "12"), ("--learning-rate", "0")):
+        assert f"error: {option} must be" in said("causal", option, value)
+    assert "error: there is no checkpoint in" in said("causal", "--resume")
+    small_run(tmp_path, monkeypatch, "causal", "--steps", "2")
+    assert "a run with other objective;" in said("mask-predict", "--resume")
+    assert "a run with other hidden, layers;" in said("causal", "--hidden", "64", "--layers", "1", "--resume")
+    assert "a run with other batch;" in said("causal", "--batch", "8", "--resume")
+    weights = tmp_path / "checkpoint" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "checkpoint is damaged" in said("causal", "--resume")
+    (tmp_path / "checkpoint" / "run.json").write_text("{}")
+    assert "checkpoint is damaged" in said("causal", "--resume")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -145,16 +146,20 @@ def test_training_can_be_kept_to_the_last_layers() -> None:
         trained = {name for name, weight in adapter.named_parameters() if weight.requires_grad}
         assert {int(name.split(".layers.")[1].split(".")[0]) for name in trained} == changed
         model = adapter.unload()
-    with pytest.raises(InvalidRequest, match="layers"):
-        Training(layers=-1)
 
 
-class Interrupted(Exception):
-    pass
+@pytest.mark.parametrize(
+    "option",
+    [{"layers": -1}, {"evaluate_every": 0}, {"save_every": 0}, {"validation": 0}, {"validation_tokens": 0},
+     {"warmup": -3}, {"warmup": 1.5}, {"clip": 0}],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=next(iter(option))):
+        Training(**option)
 
 
 def test_training_teaches_resumes_and_leaves_an_adapter_that_decodes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kill_in_save: Callable[[int], None]
 ) -> None:
     pytest.importorskip("peft")
     lm = backend()
@@ -169,20 +174,10 @@ def test_training_teaches_resumes_and_leaves_an_adapter_that_decodes(
     best = whole.best
     assert best is not None and whole.validations[0].agreement == 1, "before training it is the base model"
 
-    saved = torch.optim.AdamW.step
-    steps = 0
-
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 4:
-            raise Interrupted
-        return saved(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", stops)
-        with pytest.raises(Interrupted):
-            train(loaded(), found, held_out, OPTIONS, tmp_path / "cut")
+    kill_in_save(2)
+    with pytest.raises(KeyboardInterrupt):
+        train(loaded(), found, held_out, OPTIONS, tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "checkpoint" / "run.json").read_text())["steps"] == OPTIONS.save_every
     cut = train(loaded(), found, held_out, OPTIONS, tmp_path / "cut")
     assert [v.step for v in cut.validations] == [v.step for v in whole.validations]
     assert cut.validations[-1].perplexity == pytest.approx(whole.validations[-1].perplexity, rel=1e-3)

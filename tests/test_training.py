@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import shutil
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from decoding.backends.local import LocalBackend
 from decoding.engine.runner import embeddings as embeddings_of
-from decoding.errors import RecordError
+from decoding.errors import InvalidRequest, RecordError
 from decoding.models import LoadedModel
 from drafters.heads.checkpoint import read_head
 from drafters.heads.eagle import Eagle3Head
 from drafters.training import distill, eagle, fit
 from drafters.training.batches import Batch, epoch, load_batch
+from drafters.training.checkpoint import load_checkpoint, save_checkpoint, saved_state
 from drafters.training.corpus import Corpus
 from drafters.training.distill import Distillation, collect
 from drafters.training.eagle import HeadOptions
@@ -210,11 +218,78 @@ def test_a_head_learns_and_an_interrupted_run_ends_in_the_same_state(
         assert torch.equal(tensor, parts.state_dict()[name]), name
 
 
+def test_a_checkpoint_is_there_wherever_saving_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second save is killed before and within each of the things that it does to files, one after the other."""
+    left = 0
+
+    def killed(kind: Any, name: str, half: Callable[..., None] | None = None) -> None:
+        whole = getattr(kind, name)
+
+        def act(*args: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if half is not None:
+                    half(*args)
+                raise KeyboardInterrupt
+            return whole(*args, **options)
+
+        monkeypatch.setattr(kind, name, act)
+
+    def first_file_only(folder: Path) -> None:
+        for file in sorted(folder.iterdir())[:1] if folder.exists() else ():
+            file.unlink()
+
+    for name in ("unlink", "rename", "replace"):
+        killed(Path, name)
+    killed(shutil, "rmtree")
+    killed(shutil, "rmtree", half=first_file_only)
+    killed(Accelerator, "save_state", half=lambda _, folder: Path(folder).mkdir())
+
+    module, accelerator = nn.Linear(2, 2), Accelerator()
+    found: list[Any] = []
+    accelerator.prepare(module)
+    for cut in itertools.count(1):
+        folder = tmp_path / str(cut)
+        for number in (1, 2):
+            nn.init.constant_(module.weight, number)
+            left = cut if number == 2 else 0
+            with contextlib.suppress(KeyboardInterrupt):
+                save_checkpoint(accelerator, folder, {"number": number})
+        finished, left = left > 0, 0
+        found.append(saved_state(accelerator, folder, itemgetter("number")))
+        load_checkpoint(accelerator, folder)
+        assert module.weight.unique().tolist() == [found[-1]], cut
+        save_checkpoint(accelerator, folder, {"number": 3})
+        assert saved_state(accelerator, folder, itemgetter("number")) == 3
+        if finished:
+            break
+    assert found == sorted(found) and found[0] == 1 and found[-2:] == [2, 2] and len(found) > 6
+    assert saved_state(accelerator, tmp_path / "none", dict) is None
+
+
+def test_what_a_killed_save_leaves_is_not_taken_for_a_checkpoint(
+    tmp_path: Path, kill_in_save: Callable[[int], None]
+) -> None:
+    accelerator = Accelerator()
+    accelerator.prepare(nn.Linear(2, 2))
+    save_checkpoint(accelerator, tmp_path, {"number": 1})
+    shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint.new")  # complete, and never put in place
+    kill_in_save(1)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(accelerator, tmp_path, {"number": 2})
+    assert saved_state(accelerator, tmp_path, dict) == {"number": 1}
+    shutil.rmtree(tmp_path / "checkpoint")
+    assert saved_state(accelerator, tmp_path, dict) is None
+
+
 def test_a_run_of_another_schedule_is_not_resumed(target: LoadedModel, data: Path, tmp_path: Path) -> None:
     once = Schedule(epochs=1, batch=16)
     train(target, data, tmp_path, once)
     with pytest.raises(RecordError, match=r"epochs=1, not 2"):
         train(target, data, tmp_path, Schedule(epochs=2, batch=16))
+    with pytest.raises(InvalidRequest, match="warmup"):
+        Schedule(warmup=-3)
     card = (tmp_path / "head" / "README.md").read_text(encoding="utf-8")
     assert "held-out acceptance length" in card and "tiny" in card
 

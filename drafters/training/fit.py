@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +21,7 @@ from torch import nn
 
 from decoding.errors import InvalidRequest, RecordError
 from drafters.training.batches import Batch, epoch, load_batch
+from drafters.training.checkpoint import load_checkpoint, save_checkpoint, saved_state
 from drafters.training.corpus import Corpus
 from drafters.training.unroll import Outcome, acceptance_lengths
 
@@ -53,6 +53,8 @@ class Schedule:
                 raise InvalidRequest(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not self.learning_rate > 0:
             raise InvalidRequest(f"learning_rate must be positive, not {self.learning_rate}.")
+        if not 0 <= self.warmup <= 1:
+            raise InvalidRequest(f"warmup is a share of the steps, from 0 to 1, not {self.warmup}.")
 
 
 def warm_cosine(step: int, total: int, *, warmup: float, last: float) -> float:
@@ -115,12 +117,11 @@ def fit(module: nn.Module, corpus: Corpus, held_out: Corpus, schedule: Schedule,
     # The scheduler is not prepared: it counts steps, however many processes share one.
     module, optimizer = accelerator.prepare(module, optimizer)
     accelerator.register_for_checkpointing(scheduler)
-    checkpoint = folder / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     _same_schedule(schedule, len(documents), folder / "schedule.json")
-    if checkpoint.exists():
-        accelerator.load_state(str(checkpoint))
-        run = _read_run(checkpoint / "run.json")
+    if saved := saved_state(accelerator, folder, _run):
+        load_checkpoint(accelerator, folder)
+        run = saved
     with _progress(accelerator.is_main_process) as progress:
         task = progress.add_task("training", total=run.total, completed=run.steps, note="")
         tokens, began = 0, time.perf_counter()
@@ -159,7 +160,7 @@ def fit(module: nn.Module, corpus: Corpus, held_out: Corpus, schedule: Schedule,
                             export(accelerator.unwrap_model(module), run)
                     began += time.perf_counter() - paused
                 if run.steps % schedule.save_every == 0 or run.steps == run.total:
-                    _save(accelerator, run, checkpoint)
+                    save_checkpoint(accelerator, folder, asdict(run))
     return run
 
 
@@ -193,25 +194,8 @@ def _progress(visible: bool) -> Progress:
     return Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), disable=not visible)
 
 
-def _save(accelerator: Accelerator, run: Run, checkpoint: Path) -> None:
-    """Write a checkpoint whole or not at all: the last one stays until the new one is complete."""
-    new = checkpoint.with_name("checkpoint.new")
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(new))
-    if accelerator.is_main_process:
-        (new / "run.json").write_text(json.dumps(asdict(run), indent=2), encoding="utf-8")
-        if checkpoint.exists():
-            shutil.rmtree(checkpoint)
-        new.rename(checkpoint)
-    accelerator.wait_for_everyone()
-
-
-def _read_run(file: Path) -> Run:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return Run(**{**values, "validations": [Validation(**each) for each in values["validations"]]})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RecordError(f"{file} is damaged ({error}); delete {file.parent} to start again.") from error
+def _run(values: dict[str, Any]) -> Run:
+    return Run(**{**values, "validations": [Validation(**each) for each in values["validations"]]})
 
 
 def _same_schedule(schedule: Schedule, documents: int, file: Path) -> None:
