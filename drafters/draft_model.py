@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from decoding.engine.block import Block
 from decoding.engine.latency import LatencyModel, latency_of
 from decoding.engine.packing import Row
 from decoding.engine.runner import Runner
-from decoding.engine.sampling import SamplingColumns, draw, probabilities, uniforms
+from decoding.engine.sampling import SamplingColumns, draw_distinct, probabilities, uniforms
 from decoding.errors import InvalidRequest, ModelError
 
 if TYPE_CHECKING:
@@ -96,55 +97,83 @@ def guess_ahead(
     lengths: List[int],
     ahead: Ahead,
     confident: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = top_probability,
+    branches: int = 1,
 ) -> list[Draft]:
-    """Chains of `lengths[i]` guesses, one level of all sequences after the other: the most likely tokens of greedy
-    requests, draws under the request's own temperature and filters of the others.
+    """`lengths[i]` guesses in a row, one level of all sequences after the other: the most likely tokens of greedy
+    requests, draws under the request's own temperature and filters of the others. A draft ends where the logits are not
+    finite: what is not a number says nothing about what it was drawn from.
 
-    confident: from logits [rows, vocab] and the largest of each row, how likely [rows] that is to be the target's.
+    confident: from logits [rows, vocab] and [rows] of each row, how likely [rows] these are to be the target's.
+    branches: guesses for every place, drawn without replacement; the first of them is gone on from.
     """
-    guesses: list[list[int]] = [[] for _ in sequences]
+    left = list(lengths)
+    guesses: list[list[list[int]]] = [[] for _ in sequences]  # for each place
     chances: list[list[torch.Tensor]] = [[] for _ in sequences]
-    confidence: list[list[float]] = [[] for _ in sequences]
+    confidence: list[list[list[float]]] = [[] for _ in sequences]
     for depth in range(max(lengths, default=0)):
-        active = [i for i, length in enumerate(lengths) if length > depth]
-        logits = ahead(active, [guesses[i] for i in active])
-        best, tokens = logits.max(dim=-1)
-        likely = confident(logits, best).tolist()
+        active = [i for i, length in enumerate(left) if length > depth]
+        if not active:
+            break
+        logits = ahead(active, [[place[0] for place in guesses[i]] for i in active])
+        best, tokens = logits.topk(branches)
+        finite = best[:, 0].isfinite().tolist()
+        likely = torch.stack([confident(logits, column) for column in best.unbind(1)], dim=1).tolist()
         chosen = tokens.tolist()
-        sampled = [k for k, i in enumerate(active) if sequences[i].params.temperature > 0]
+        sampled = [k for k, i in enumerate(active) if finite[k] and sequences[i].params.temperature > 0]
         if sampled:
             members = [sequences[active[k]] for k in sampled]
             columns = SamplingColumns.of([s.params for s in members], logits.device)
             chance = probabilities(logits[sampled], columns)
             draws = torch.tensor([s.draws for s in members], device=logits.device)
-            u = uniforms(columns.seed, draws, _STREAM, depth + 1)[:, depth]
-            for k, token, row in zip(sampled, draw(chance, u).tolist(), chance, strict=True):
-                chosen[k] = token
+            u = uniforms(columns.seed, draws, _STREAM, branches * (depth + 1))[:, branches * depth :]
+            for k, drawn, row in zip(sampled, draw_distinct(chance, u).tolist(), chance, strict=True):
+                chosen[k] = [token for token in drawn if token >= 0]  # there may be no more than these
                 chances[active[k]].append(row)
         for k, i in enumerate(active):
-            guesses[i].append(chosen[k])
-            confidence[i].append(likely[k])
-    return [
-        Draft(Block(tokens), torch.stack(chance)) if chance else Draft(Block(tokens), confidence=likely)
-        for tokens, chance, likely in zip(guesses, chances, confidence, strict=True)
-    ]
+            if finite[k]:
+                guesses[i].append(chosen[k])
+                confidence[i].append(likely[k])
+            else:
+                left[i] = depth
+    return [_draft(*each, branches > 1) for each in zip(guesses, chances, confidence, strict=True)]
+
+
+def _draft(guesses: list[list[int]], chances: list[torch.Tensor], confidence: list[list[float]], tree: bool) -> Draft:
+    """From the guesses for every place, what they were drawn from, if they were, and how likely they are."""
+    tokens: list[int] = [token for place in guesses for token in place]
+    firsts = [-1, *accumulate(map(len, guesses), initial=0)][: len(guesses)]  # that each place follows
+    parents = [first for first, place in zip(firsts, guesses, strict=True) for _ in place]
+    block = Block(tokens, parents if tree else None)
+    if not chances:
+        return Draft(block, confidence=[each for place in confidence for each in place])
+    if not tree:
+        return Draft(block, torch.stack(chances))
+    behind = torch.zeros(1 + len(tokens), len(chances[0]), dtype=chances[0].dtype, device=chances[0].device)
+    behind[[1 + first for first in firsts]] = torch.stack(chances)
+    return Draft(block, behind)
 
 
 @dataclass(eq=False)
 class DraftModel(Drafter):
-    """model: an alias, folder, .gguf file or hub id, or a transformers model.
+    """model: an alias, folder, .gguf file or hub id, or a transformers model. branches: guesses for every place, of
+    which the first is gone on from; more than one cost no pass of the draft model, but a place each in the target's.
 
     Runs on a runner of its own, with its own slots. Its vocabulary must be the target's: padded rows aside,
     both models must read and write the same ids (`cross-vocabulary` takes others).
     """
 
     model: str | PreTrainedModel
+    branches: int = 1
 
     name: ClassVar[str] = "draft-model"
-    summary: ClassVar[str] = "a smaller model of the same tokenizer; draft-model(model=NAME)"
+    summary: ClassVar[str] = "a smaller model of the same tokenizer; draft-model(model=NAME, branches=2) drafts trees"
 
     _follower: Follower = field(init=False, repr=False)
     _backend: LocalBackend = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.branches, int) or isinstance(self.branches, bool) or self.branches < 1:
+            raise InvalidRequest(f"draft-model needs branches to be an integer of at least 1, not {self.branches!r}.")
 
     def attach(self, backend: LocalBackend) -> None:
         """Load the model and give it as many slots as the target has.
@@ -182,7 +211,7 @@ class DraftModel(Drafter):
 
         capacity = self._follower.runner.cache.capacity
         fitting = [min(n, capacity + 1 - len(s.tokens)) for s, n in zip(sequences, lengths, strict=True)]
-        return guess_ahead(sequences, fitting, ahead)
+        return guess_ahead(sequences, fitting, ahead, branches=self.branches)
 
     def cost(self, levels: int, sequences: int, context: float) -> float:
         return self._follower.cost(levels, sequences, context)

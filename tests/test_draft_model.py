@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as List
+from functools import partial
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from decoding.backends.local import LocalBackend
-from decoding.errors import ModelError
+from decoding.drafting import Draft
+from decoding.engine.sequence import Sequence
+from decoding.errors import InvalidRequest, ModelError
 from decoding.strategies.speculative import SpeculativeDecoder
 from decoding.types import SamplingParams
 from drafters import DraftModel
 from tests.greedy import greedy_reference, prompts, run
+from tests.test_drafters import _SMALL, accepted, chi_square, outcomes
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -54,3 +60,47 @@ def test_a_draft_model_with_another_vocabulary_is_refused() -> None:
         DraftModel(tiny_model("llama", vocab_size=200, bos_token_id=None, eos_token_id=None, pad_token_id=None)).attach(
             backend
         )
+
+
+def small_draft(branches: int) -> DraftModel:
+    """For the target of `outcomes`."""
+    drafter = DraftModel(tiny_model("llama", seed=3, **_SMALL), branches=branches)
+    drafter.attach(LocalBackend(tiny_model("llama", **_SMALL), tiny_tokenizer(), slots=64, capacity=16))
+    return drafter
+
+
+class DrawsAgain(SpeculativeDecoder):
+    """The negative control: takes siblings that were drawn without replacement for one draw after the other."""
+
+    def _propose(self, sequences: List[Sequence], lengths: list[int]) -> list[Draft]:
+        drafts = super()._propose(sequences, lengths)
+        for draft in drafts:
+            if draft.probabilities is not None:
+                draft.probabilities[0] = 0.25
+        return drafts
+
+
+@pytest.mark.parametrize("verification", ["traversal", "token"])
+def test_siblings_that_were_drawn_keep_the_models_distribution(verification: str) -> None:
+    decoder = partial(SpeculativeDecoder, verification=verification)
+    assert chi_square(*outcomes(small_draft(2), decoder, 2500)) > 1e-4
+    assert chi_square(*outcomes(small_draft(2), partial(DrawsAgain, verification=verification), 2500)) < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_branches_are_accepted_where_the_first_guess_is_not(temperature: float) -> None:
+    model = tiny_model("llama")
+    gained = []
+    for branches in (1, 3):
+        backend = LocalBackend(model, tiny_tokenizer(), slots=4, capacity=96)
+        drafter = DraftModel(tiny_model("llama", seed=2, initializer_range=0.32), branches=branches)
+        drafter.attach(backend)
+        params = SamplingParams(max_new_tokens=24, temperature=temperature, top_k=8, seed=5, ignore_eos=True)
+        results = run(backend.engine, [(p, SpeculativeDecoder(drafter, 3)) for p in prompts(4)], params)
+        assert [s.error for s in results] == [None] * 4
+        if not temperature:
+            assert [s.new_tokens for s in results] == [greedy_reference(model, p, 24) for p in prompts(4)]
+        gained.append(accepted(results))
+    assert gained[1] > gained[0]
+    with pytest.raises(InvalidRequest, match="branches"):
+        DraftModel(model, branches=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,7 +129,12 @@ class KeepsTheFirstGuess(SpeculativeDecoder):
 
 
 def outcomes(
-    drafter: Drafter, decoder: type[SpeculativeDecoder], requests: int, *, rejects: bool = True, attach: bool = False
+    drafter: Drafter,
+    decoder: Callable[[Drafter, int], SpeculativeDecoder],
+    requests: int,
+    *,
+    rejects: bool = True,
+    attach: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Observed and expected counts of every answer of four tokens at temperature 1. rejects: some guesses must be.
     attach: the drafter guesses with the model itself."""
