@@ -45,24 +45,24 @@ def run_compare(options: argparse.Namespace) -> int:
     from decoding.config import RunConfig, read_run_file
     from decoding.errors import InvalidRequest
     from decoding.progress import Live
-    from decoding.report import print_summary, read_run, summarize, write_report
+    from decoding.report import print_summary, read_run, run_directory, summarize, write_report
 
     if options.resume is not None and (options.output is not None or options.config is not None):
         raise InvalidRequest("--resume goes on with the run in DIR as it was; leave --output and --config out.")
-    if options.resume is not None:
-        options = options.again(RunConfig.of_header(read_run(options.resume).header.config).flat())
+    resumed = None if options.resume is None else run_directory(options.resume)
+    if resumed is not None:
+        options = options.again(RunConfig.of_header(read_run(resumed).header.config).flat())
     elif options.config is not None:
         options = options.again(read_run_file(options.config).flat())
     config = RunConfig.of_flat(vars(options))
     comparison = Comparison.of(config)
-    output = options.resume or options.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    output = resumed or options.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     console = Console(stderr=True)
     with console.status(f"loading {config.model}"):
         lm = config.load.load(config.model)
     try:
         with Live(comparison, console) as live:
-            resume = options.resume is not None
-            notices = execute(comparison, lm, output, config=config, resume=resume, progress=live.update)
+            notices = execute(comparison, lm, output, config=config, resume=resumed is not None, progress=live.update)
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: decoding compare --resume {output}", file=sys.stderr)
         return 130
@@ -131,11 +131,12 @@ def run_report(options: argparse.Namespace) -> int:
         page = options.other if options.other.is_dir() else options.other.parent
         print(f"report: {report.write_comparison(comparison, page / f'against-{run.name}.html')}")
         return 0
+    directory = report.run_directory(options.directory)
     summary = report.summarize(run)
     report.print_summary(summary)
     for path in options.export:
         report.export(run, path, summary=summary)
-    print(f"report: {report.write_report(run, options.directory, summary=summary)}")
+    print(f"report: {report.write_report(run, directory, summary=summary)}")
     return 0
 
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 def judge(options: argparse.Namespace, backend: Backend) -> int:
     """Judge a run's answers against plain decoding's, and print what the verdicts add up to."""
     from decoding.judge import Judge, judge_run
-    from decoding.report import read_run, summarize
+    from decoding.report import read_run, run_directory, summarize
     from decoding.types import SamplingParams
 
-    run = read_run(options.directory)
+    directory = run_directory(options.directory)
+    run = read_run(directory)
     params = SamplingParams(max_new_tokens=options.max_new_tokens)
     asked = Judge(backend, options.prompt, options.templates, params)
     console = Console(stderr=True)
@@ -35,15 +36,13 @@ def judge(options: argparse.Namespace, backend: Backend) -> int:
             count += 1
             status.update(f"judging: {count} pairs done")
 
-        made = judge_run(run, options.directory, asked, strategies=options.strategies, progress=progress)
+        made = judge_run(run, directory, asked, strategies=options.strategies, progress=progress)
     failed = [judgment for judgment in made if judgment.failed]
     for judgment in failed[:1]:
         said = judgment.g1_judgment if judgment.g1_winner == "error" else judgment.g2_judgment
         print(f"{len(failed)} pairs got no verdict, the first of them: {said[-300:]!r}", file=sys.stderr)
     print_account(backend)
-    rows = [
-        (row.strategy, judged) for row in summarize(read_run(options.directory)).strategies for judged in row.judged
-    ]
+    rows = [(row.strategy, judged) for row in summarize(read_run(directory)).strategies for judged in row.judged]
     Console().print(_table(rows))
     print("net: (wins − losses) ÷ pairs, from −1 to 1, with 95 % intervals over questions. strict: a win needs both")
     print("orders; lenient: one order and a tie in the other are enough; length: strict, at equal length.")
@@ -94,9 +93,10 @@ def assess(options: argparse.Namespace) -> int:
     """Print what can be said about a run's answers without a judge, and write it down beside the records."""
     from decoding.api import load
     from decoding.assess import MEASURES, assess, averages, write_assessments
-    from decoding.report import read_run
+    from decoding.report import read_run, run_directory
 
-    run = read_run(options.directory)
+    directory = run_directory(options.directory)
+    run = read_run(directory)
     encoder = None
     if options.similarity:
         from decoding.similarity import SentenceEncoder
@@ -114,7 +114,7 @@ def assess(options: argparse.Namespace) -> int:
     Console().print(table)
     for name in shown:
         print(f"{name}: {MEASURES[name]}.")
-    print(f"figures of every answer: {write_assessments(options.directory, found)}")
+    print(f"figures of every answer: {write_assessments(directory, found)}")
     return 0
 
 

@@ -17,8 +17,9 @@ import pytest
 from decoding import catalogue, drafting
 from decoding.cli import command_line, main
 from decoding.config import RunConfig, read_run_file
+from decoding.errors import RecordError
 from decoding.options import LoadOptions, Schedule
-from decoding.report import read_run, summarize
+from decoding.report import RecordWriter, Run, read_run, summarize, write_report
 from decoding.strategies import REGISTRY, adapter
 from decoding.strategies.adapter import CARD, CONFIG
 from decoding.strategies.policies import REGISTRY as POLICIES
@@ -80,6 +81,27 @@ def test_compare_records_every_answer_and_writes_the_report(
     assert main(["report", str(output), str(output)]) == 0
 
 
+def test_a_run_may_be_named_by_its_records_which_no_page_replaces(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RecordWriter(tmp_path, run.header) as writer:
+        for record in run.records[:8]:
+            writer.append(record)
+    before = writer.path.read_bytes()
+    assert main(["report", str(writer.path)]) == 0
+    assert (tmp_path / "report.html").exists() and writer.path.read_bytes() == before
+    copy = tmp_path / "kept.jsonl"
+    copy.write_bytes(before)
+    for command in ("report", "assess"):
+        capsys.readouterr()
+        assert main([command, str(copy)]) == 2
+        assert "name the directory of a run" in capsys.readouterr().err
+    for path in (writer.path, copy, tmp_path / "new" / "records.jsonl"):
+        with pytest.raises(RecordError, match="give the page another name"):
+            write_report(run, path)
+    assert writer.path.read_bytes() == copy.read_bytes() == before
+
+
 def test_a_run_that_was_cut_short_goes_on_where_it_stopped(model: str, questions: Path, tmp_path: Path) -> None:
     arguments = ["compare", str(questions), "--strategies", "autoregressive", "jacobi", *common(model)]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -129,7 +151,7 @@ def test_a_run_resumes_as_it_was_configured_without_being_told_again(
     path = output / "records.jsonl"
     expected = {r.key: r.tokens for r in read_run(output)}
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
-    assert main(["compare", "--resume", str(output)]) == 0
+    assert main(["compare", "--resume", str(path)]) == 0
     assert {r.key: r.tokens for r in read_run(output)} == expected
     assert main(["compare", "--resume", str(output), "--seed", "8"]) == 2
 

@@ -287,8 +287,9 @@ def test_the_table_has_the_column_only_if_somebody_judged(folder: Path) -> None:
     assert [column.cell(row) for row in summary.strategies] == ["–", "+0.67", "–"]
 
 
+@pytest.mark.parametrize("named", ["", "records.jsonl"])
 def test_the_command_line_judges_and_assesses(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[LoadOptions] = []
 
@@ -299,14 +300,14 @@ def test_the_command_line_judges_and_assesses(
     monkeypatch.setattr(LoadOptions, "load", load)
     monkeypatch.setenv("COLUMNS", "200")
     server = ["--base-url", "http://127.0.0.1:9/v1", "--concurrency", "3", "--no-prefill", "--prices", "1", "2", "3"]
-    assert main(["judge", str(folder), "--model", "m", *server]) == 0
+    assert main(["judge", str(folder / named), "--model", "m", *server]) == 0
     out = capsys.readouterr().out
     assert "4/2/0" in out and "+0.67" in out and "critic, pair" in out
     (how,) = asked
     assert (how.concurrency, how.prefill, list(how.prices or ())) == (3, False, [1.0, 2.0, 3.0])
     assert main(["judge", str(folder), "--model", "m", "--prompt", "nothing"]) == 2
     assert "judge/nothing" in capsys.readouterr().err
-    assert main(["assess", str(folder)]) == 0
+    assert main(["assess", str(folder / named)]) == 0
     out = capsys.readouterr().out
     assert "coverage" in out and "cannot tell" in out and "perplexity" not in out
     lines = [json.loads(line) for line in (folder / "assessments.jsonl").read_text().splitlines()]

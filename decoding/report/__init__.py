@@ -25,7 +25,7 @@ from decoding.report.header import SCHEMA, RunHeader, config_hash
 from decoding.report.html import write_comparison, write_report
 from decoding.report.records import BASELINE, AnswerRecord, PartRecord
 from decoding.report.redaction import Json
-from decoding.report.runfile import RecordWriter, Run, read_run
+from decoding.report.runfile import RecordWriter, Run, read_run, run_directory
 from decoding.report.summary import StrategySummary, Summary, summarize
 from decoding.report.terminal import comparison_table, print_comparison, print_summary, summary_table
 
@@ -55,6 +55,7 @@ __all__ = [
     "print_comparison",
     "print_summary",
     "read_run",
+    "run_directory",
     "summarize",
     "summary_table",
     "write_comparison",

@@ -27,7 +27,7 @@ from decoding.report.compared import RunComparison, flatten, verdict
 from decoding.report.definitions import DEFINITIONS, OF_TWO_RUNS
 from decoding.report.page_data import page_data, question_data
 from decoding.report.redaction import Json
-from decoding.report.runfile import Run
+from decoding.report.runfile import Run, is_records
 from decoding.report.summary import Summary, summarize
 from decoding.report.table import columns, comparison_cells, headline, number, signed
 
@@ -40,20 +40,22 @@ _SCRIPTS = ("svg.js", "figures.js", "steps.js", "timeline.js", "explorer.js", "p
 def write_report(run: Run, path: str | os.PathLike[str], *, summary: Summary | None = None) -> Path:
     """Write the report of a run to `path`, or into it as `report.html` if it is a directory; returns the file.
 
-    `summary` saves computing it again. Raises RecordError if the file cannot be written.
+    `summary` saves computing it again. Raises RecordError if the file cannot be written, or holds records.
     """
     target = Path(path)
     return _save(render(run, summary or summarize(run)), target / FILE if target.is_dir() else target)
 
 
 def write_comparison(comparison: RunComparison, path: str | os.PathLike[str]) -> Path:
-    """Write the comparison of two runs as a page to the file `path`. Raises RecordError if it cannot be written."""
+    """Write the comparison of two runs as a page to the file `path`. Raises RecordError as `write_report` does."""
     return _save(render_comparison(comparison), Path(path))
 
 
 def _save(page: str, target: Path) -> Path:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        if is_records(target):
+            raise RecordError(f"{target} is for the records of a run; give the page another name.")
         # Half a surrogate pair in a model's text has no UTF-8; a replacement sign may stand for it here.
         temporary.write_text(page, encoding="utf-8", errors="replace")
         os.replace(temporary, target)

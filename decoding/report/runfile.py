@@ -105,6 +105,24 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     )
 
 
+def run_directory(path: Path) -> Path:
+    """The directory of a run that is named by it or, as for `read_run`, by its records. Raises RecordError for another
+    file, beside which nothing of a run can be kept."""
+    if not path.is_file():
+        return path
+    if path.name != FILE:
+        raise RecordError(f"{path} is a file that is not called {FILE}; name the directory of a run.")
+    return path.parent
+
+
+def is_records(path: Path) -> bool:
+    """Whether a file has the name of a run's records, or begins like them. Raises OSError if it cannot be read."""
+    if path.name == FILE or not path.is_file():
+        return path.name == FILE
+    with open(path, "rb") as file:
+        return file.read(len(_BEGINNING)) == _BEGINNING
+
+
 class RecordWriter:
     """Append answers to the records of a run; a context manager.
 
