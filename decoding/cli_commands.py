@@ -50,10 +50,13 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.resume is not None and (options.output is not None or options.config is not None):
         raise InvalidRequest("--resume goes on with the run in DIR as it was; leave --output and --config out.")
     resumed = None if options.resume is None else run_directory(options.resume)
+    written = None
     if resumed is not None:
-        options = options.again(RunConfig.of_header(read_run(resumed).header.config).flat())
+        written = RunConfig.of_header(read_run(resumed).header.config)
     elif options.config is not None:
-        options = options.again(read_run_file(options.config).flat())
+        written = read_run_file(options.config)
+    if written is not None:  # --stop adds to its default, which it is to replace
+        options = options.again({**written.flat(), **({"stop": []} if options.stop else {})})
     config = RunConfig.of_flat(vars(options))
     comparison = Comparison.of(config)
     output = resumed or options.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")

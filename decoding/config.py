@@ -82,22 +82,31 @@ class RunConfig:
 
     @classmethod
     def of_flat(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The inverse of `flat`; other entries of `values` do not count."""
+        """The inverse of `flat`; other entries of `values` do not count.
+
+        Raises InvalidRequest for what was masked where it was written down: anything else in its place, the default
+        included, would make another run of it.
+        """
         nested: dict[str, Any] = {}
         for name, hint in get_type_hints(cls).items():
             if dataclasses.is_dataclass(hint):
                 nested[name] = {f.name: values[f.name] for f in dataclasses.fields(hint) if f.name in values}
             elif name in values:
                 nested[name] = values[name]
-        return _build(cls, nested, "")
+        config = _build(cls, nested, "")
+        for name, value in config.flat().items():
+            if MASK in str(value):
+                option = name if name == "questions" else f"--{name.replace('_', '-')}"
+                raise InvalidRequest(
+                    f"{option} looked like a credential and was not written down; give {option} again."
+                )
+        return config
 
     @classmethod
     def of_header(cls, config: Mapping[str, Any]) -> RunConfig:
         """The configuration that a run's header holds; what else it holds (ids of questions, say) does not count."""
         known = {item.name for item in dataclasses.fields(cls)}
         table = {key: value for key, value in config.items() if key in known}
-        if isinstance(load := table.get("load"), Mapping):  # a masked name is no name
-            table["load"] = {key: value for key, value in load.items() if value != MASK}
         return _build(cls, table, "records")
 
     def to_json(self) -> dict[str, Json]:
@@ -114,7 +123,7 @@ class RunConfig:
         }
 
     def to_toml(self) -> str:
-        """A run file that reads back as this configuration; credentials are left out."""
+        """A run file that reads back as this configuration; credentials are masked."""
         entries = self.to_json()
         tables = {key: value for key, value in entries.items() if isinstance(value, Mapping)}
         lines = _toml_lines({key: value for key, value in entries.items() if key not in tables})
@@ -222,7 +231,7 @@ def _token(name: Any, file: str, key: str) -> int:
 def _toml_lines(table: Mapping[str, Json]) -> list[str]:
     masked = mask(table)
     assert isinstance(masked, Mapping)
-    return [f"{key} = {_to_toml(value)}\n" for key, value in masked.items() if value is not None and value != MASK]
+    return [f"{key} = {_to_toml(value)}\n" for key, value in masked.items() if value is not None]
 
 
 def _to_toml(value: Json) -> str:

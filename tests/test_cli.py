@@ -156,6 +156,19 @@ def test_a_run_resumes_as_it_was_configured_without_being_told_again(
     assert main(["compare", "--resume", str(output), "--seed", "8"]) == 2
 
 
+def test_a_run_whose_stop_was_masked_goes_on_once_it_is_given_again(
+    model: str, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop, output = ["--stop", "password: x", "--stop", "zz"], tmp_path / "run"
+    whole = ["compare", str(questions), "--strategies", "autoregressive", *stop, *common(model)]
+    assert main([*whole, "--output", str(output)]) == 0
+    assert main(["compare", "--resume", str(output)]) == 2
+    assert "give --stop again" in capsys.readouterr().err
+    assert main(["compare", "--resume", str(output), *stop]) == 0
+    assert main(["compare", "--resume", str(output), "--stop", "zz"]) == 2
+    assert "different: params" in capsys.readouterr().err
+
+
 def test_the_command_line_has_every_option_of_a_run_file_with_its_default() -> None:
     parsed = command_line([]).parse_args(["compare"])
     assert RunConfig.of_flat(vars(parsed)) == RunConfig()

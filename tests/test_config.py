@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from decoding.comparison import Comparison
 from decoding.config import RunConfig, read_run_file, run_files
 from decoding.errors import InvalidRequest, UnknownName
 from decoding.options import LoadOptions, Schedule
+from decoding.report import Environment, RunHeader
 from decoding.types import SamplingParams
 
 FULL = RunConfig(
@@ -97,11 +97,17 @@ def test_a_missing_file_and_an_unknown_name_are_told_apart(tmp_path: Path) -> No
         read_run_file(tmp_path / "run.toml")
 
 
-def test_a_name_of_a_variable_is_kept_out_of_what_is_written(tmp_path: Path) -> None:
-    config = RunConfig(load=LoadOptions(base_url="http://127.0.0.1:1/v1", api_key_env="sk-or-perhaps-the-key-itself"))
+def test_what_is_masked_where_it_is_written_is_asked_for_again(tmp_path: Path) -> None:
+    server = LoadOptions(base_url="http://127.0.0.1:1/v1", api_key_env="sk-or-perhaps-the-key-itself")
+    config = RunConfig(load=server, params=SamplingParams(stop=("password: x",)))
     assert "perhaps" not in config.to_toml()
-    header = replace(config, load=replace(config.load, api_key_env="[masked]")).to_json()
-    assert RunConfig.of_header(header).load.api_key_env is None
+    header = RunHeader.create(config.to_json(), Environment())
+    for found in (read_run_file(write(tmp_path, config.to_toml())), RunConfig.of_header(header.config)):
+        with pytest.raises(InvalidRequest, match="give --stop again"):
+            RunConfig.of_flat(found.flat())
+        with pytest.raises(InvalidRequest, match="give --api-key-env again"):
+            RunConfig.of_flat(found.flat() | {"stop": []})
+        assert RunConfig.of_flat(found.flat() | {"stop": ["password: x"], "api_key_env": server.api_key_env}) == config
 
 
 def test_every_shipped_run_file_makes_a_comparison_with_a_baseline() -> None:

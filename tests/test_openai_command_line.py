@@ -43,6 +43,37 @@ def test_the_command_line_asks_a_server(
     assert len(server.bodies) == 1
 
 
+def test_a_run_goes_on_with_the_key_it_had(
+    server: FaultServer, questions: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    monkeypatch.setenv("OTHER_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", "somebody-elses")
+    output = tmp_path / "run"
+    options = ["--base-url", server.url, "--model", "served", "--api-key-env", "MY_KEY", "--strategies", "skeleton"]
+    assert main(["compare", str(questions), *options, "--output", str(output)]) == 0
+    records = output / "records.jsonl"
+    whole = records.read_bytes()
+    assert KEY not in (output / "config.toml").read_text() and KEY.encode() not in whole
+
+    def cut(header: bytes) -> None:
+        records.write_bytes(header + whole.splitlines(keepends=True)[1])
+
+    cut(header := whole.splitlines(keepends=True)[0])
+    assert main(["compare", "--resume", str(output)]) == 0
+    cut(header)
+    assert main(["compare", "--resume", str(output), "--api-key-env", "OTHER_KEY"]) == 0
+    config = ["--config", str(output / "config.toml")]
+    assert main(["compare", *config, "--output", str(tmp_path / "again")]) == 0
+    cut(header.replace(b'"MY_KEY"', b'"[masked]"'))
+    asked = len(server.headers)
+    capsys.readouterr()
+    assert main(["compare", "--resume", str(output)]) == 2
+    assert "give --api-key-env again" in capsys.readouterr().err and len(server.headers) == asked
+    assert main(["compare", "--resume", str(output), "--api-key-env", "MY_KEY"]) == 0
+    assert len(read_run(output)) == 2 and set(server.headers) == {f"Bearer {KEY}"}
+
+
 def test_a_comparison_on_a_server(server: FaultServer, questions: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.continues = False

@@ -316,6 +316,8 @@ def test_a_trace_must_be_a_table() -> None:
         {"api_key": "abcd-1234"},
         {"apiKey": "abcd-1234"},
         {"OPENAI_API_KEY": "abcd-1234"},
+        {"ENV_API_KEY": "abcd-1234"},
+        {"api_key_env": "sk-proj-abcd-1234567890"},
         {"backend": {"hf_token": "abcd-1234"}},
         {"headers": {"Authorization": "Basic abcd-1234"}},
         {"credentials": ["u", "abcd-1234"]},
@@ -344,6 +346,7 @@ def test_what_is_no_credential_stays_readable() -> None:
         "eos_token": "</s>",
         "sort_key": "category",
         "api_key": "",
+        "api_key_env": "MY_KEY",
         "text": "Basic principles of token economics: the key is 3 words. Bearer of news.",
         "url": "https://example.org:8000/v1",
         "stop": ["--", "key"],
@@ -365,6 +368,8 @@ def test_the_hash_names_the_configuration_and_not_its_notation() -> None:
     assert config_hash({"a": 1, "b": {"c": 2}}) == config_hash({"b": {"c": 2}, "a": 1})
     assert config_hash({"a": 1}) != config_hash({"a": 2})
     assert config_hash({"api_key": "x"}) == config_hash({"api_key": "y"})
+    assert config_hash({"api_key_env": "X"}) == config_hash({"api_key_env": "Y"}) == config_hash({"api_key_env": MASK})
+    assert config_hash({"api_key_env": "X"}) != config_hash({"api_key_env": None})
     assert config_hash({"bias": {7: 1.0}}) == config_hash({"bias": {"7": 1.0}})  # type: ignore[dict-item]
 
 

@@ -27,8 +27,9 @@ SCHEMA = 2
 
 
 def config_hash(config: Json) -> str:
-    """Sixteen hex digits that name a resolved configuration; credentials and the order of fields do not count."""
-    canonical = json.dumps(mask(config), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    """Sixteen hex digits that name a resolved configuration; credentials, the variables that hold them and the order of
+    fields do not count."""
+    canonical = json.dumps(mask(config, variables=True), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
 
 

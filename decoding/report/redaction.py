@@ -39,26 +39,35 @@ def mask_text(text: str) -> str:
     return text
 
 
-def mask(value: Json) -> Json:
-    """A copy of `value` without credentials: strings under telling names, after telling flags, or of telling shape."""
+def mask(value: Json, *, variables: bool = False) -> Json:
+    """A copy of `value` without credentials: strings under telling names, after telling flags, or of telling shape.
+
+    variables: mask the names of the environment variables that hold them (`api_key_env`), too.
+    """
     if isinstance(value, str):
         return mask_text(value)
     if isinstance(value, Mapping):
         # JSON has no other names than strings: 7 and "7" must not make two configurations of one.
-        return {str(n): _mask_whole(item) if _is_secret(str(n)) else mask(item) for n, item in value.items()}
+        return {
+            str(n): _mask_whole(item) if _is_secret(str(n), variables) else mask(item, variables=variables)
+            for n, item in value.items()
+        }
     if isinstance(value, Sequence):
         masked: list[Json] = []
         for item in value:
             before = value[len(masked) - 1] if masked else None
             follows_flag = isinstance(before, str) and before.startswith("-") and _is_secret(before)
-            masked.append(_mask_whole(item) if follows_flag else mask(item))
+            masked.append(_mask_whole(item) if follows_flag else mask(item, variables=variables))
         return masked
     return value
 
 
-def _is_secret(name: str) -> bool:
-    """Whether a field or flag of this name holds a credential: `api_key` and `hfToken` do, `eos_token` does not."""
+def _is_secret(name: str, variables: bool = False) -> bool:
+    """Whether a field or flag of this name holds a credential: `api_key` and `hfToken` do, `eos_token` does not, and
+    what `api_key_env` holds is the name of a variable."""
     words = [word.lower() for word in _WORD.findall(name)]
+    if words[-1:] == ["env"] and not variables:
+        return False
     return bool(_SECRET_WORDS & set(words)) and not _HARMLESS & set(words)
 
 
