@@ -72,9 +72,18 @@ def run_compare(options: argparse.Namespace) -> int:
     for notice in notices:
         print(notice, file=sys.stderr)
     run = read_run(output)
-    print_summary(summarize(run))
+    summary = summarize(run)
+    print_summary(summary)
     print_account(lm)
-    print(f"records: {output / 'records.jsonl'}\nreport:  {write_report(run, output)}")
+    print(f"records: {output / 'records.jsonl'}\nreport:  {write_report(run, output, summary=summary)}")
+    failed = [row.strategy for row in summary.strategies if row.failures == row.answers]
+    if failed:
+        print(
+            f"decoding compare: error: {', '.join(failed)} gave no complete answer, as the report explains; try again "
+            f"with: decoding compare --resume {output}",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

@@ -128,8 +128,8 @@ def execute(
     Strategies take turns within each question, the first one moving on from question to question, so that
     a machine that slows down slows all of them down. Nothing is reused from one answer to the next.
     config: how the comparison was written down; kept in the header, and as a run file beside the records. With
-    `resume`, answers found in `output` are not made again. Returns what had to be mended in the records found there,
-    one sentence each.
+    `resume`, complete answers found in `output` are not made again. Returns what had to be mended in the records found
+    there, one sentence each.
     """
     for strategy in comparison.strategies:
         backend.require(strategy)
@@ -169,7 +169,7 @@ def execute(
                     peak_memory=memory.peak,
                     quality=_quality(question, turns),
                     started=started,
-                    order=len(writer.done),
+                    order=writer.written,
                 )
                 writer.append(record)
                 progress(question, turn.strategy, record)

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -19,7 +19,7 @@ from decoding.config import RunConfig, read_run_file
 from decoding.errors import CapabilityError, InvalidRequest, RecordError
 from decoding.options import Schedule
 from decoding.questions import Question
-from decoding.report import Run, read_run, summarize
+from decoding.report import RecordWriter, Run, read_run, summarize
 from decoding.strategies import Strategy, TokenStrategy, parse
 from decoding.trace import Metrics
 from decoding.types import Generation, Prompt, SamplingParams
@@ -271,6 +271,41 @@ def test_a_resumed_run_makes_what_is_missing_and_its_clock_goes_on(tmp_path: Pat
     assert started[3] >= before[-1].started + before[-1].metrics.seconds
     assert [session.answers for session in run.resumed] == [3]
     assert not any("another environment" in notice for notice in summarize(run).notices)
+
+
+def test_answers_that_failed_are_made_again_and_the_later_line_counts(tmp_path: Path) -> None:
+    class Outage(Script):
+        down = True
+
+        async def complete(self, prompt: Prompt, *others: Any, **options: Any) -> Generation:
+            if self.down and prompt[-1]["content"] in "bc":  # type: ignore[index]
+                return Generation("", [], "error", Metrics(), error="500: no server.")
+            return await super().complete(prompt, *others, **options)
+
+    made, backend = comparison("a", "b", "c", "d", strategies=(PLAIN, JACOBI), repeats=2), Outage({})
+    recorded(made, tmp_path, backend)
+    execute(made, backend, tmp_path, resume=True)  # it fails once more
+    whole = recorded(made, tmp_path / "whole")
+    failed = read_run(tmp_path)
+    assert [record.key for record in failed if record.failed] == [r.key for r in whole if r.question_id in ("b", "c")]
+    backend.down, backend.asked = False, []
+    shown: list[object] = []
+    execute(made, backend, tmp_path, resume=True, progress=lambda *seen: shown.append(seen[2].key) if seen[2] else None)
+    run = read_run(tmp_path)
+    assert sorted(text for text, *_ in backend.asked) == [*"bbbbcccc"]
+    assert sorted(map(str, shown)) == sorted(str(record.key) for record in run)
+    assert [(record.key, record.text) for record in run] == [(record.key, record.text) for record in whole]
+    assert [session.answers for session in run.resumed] == [16, 24]
+    assert sorted(record.order for record in run) == [
+        *(r.order for r in whole if r.question_id in ("a", "d")),
+        *range(24, 32),
+    ]
+    assert not any("failed" in notice for notice in summarize(run).notices)
+    with (
+        RecordWriter(tmp_path, run.header, resume=True) as writer,
+        pytest.raises(RecordError, match="already recorded"),
+    ):
+        writer.append(run.records[2])
 
 
 def test_a_run_that_is_complete_asks_nothing_more(tmp_path: Path) -> None:

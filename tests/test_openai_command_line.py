@@ -74,6 +74,24 @@ def test_a_run_goes_on_with_the_key_it_had(
     assert len(read_run(output)) == 2 and set(server.headers) == {f"Bearer {KEY}"}
 
 
+def test_a_run_without_an_answer_fails_and_can_be_made_again(
+    server: FaultServer, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    options = ["--base-url", server.url, "--model", "served", "--strategies", "autoregressive", "skeleton"]
+    server.script = lambda number, body: "401"
+    assert main(["compare", str(questions), *options, "--output", str(output)]) == 2
+    shown = capsys.readouterr()
+    assert "error: autoregressive, skeleton gave no complete answer" in shown.err and "401" in shown.out
+    assert (output / "report.html").exists() and all(record.failed for record in read_run(output))
+    server.script = lambda number, body: "ok"
+    assert main(["compare", "--resume", str(output)]) == 0
+    assert len(read_run(output)) == 4 and not any(record.failed for record in read_run(output))
+    for command in (["report", str(output), "--export", str(tmp_path / "x.csv")], ["assess", str(output)]):
+        assert main(command) == 0
+    assert len((tmp_path / "x.csv").read_text().splitlines()) >= 5 and "401" not in (tmp_path / "x.csv").read_text()
+
+
 def test_a_comparison_on_a_server(server: FaultServer, questions: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.continues = False

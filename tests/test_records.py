@@ -218,6 +218,27 @@ def test_a_key_is_written_once(tmp_path: Path, run: Run) -> None:
     assert len(read_run(tmp_path).records) == 1
 
 
+def test_an_answer_that_failed_is_replaced_by_the_one_made_again(tmp_path: Path, run: Run) -> None:
+    first, second = run.records[:2]
+    again = replace(first, finish_reason="error", text="and again")
+    with RecordWriter(tmp_path, header()) as writer:
+        for record in (replace(first, error="no."), second, again):
+            writer.append(record)
+            assert (first.key in writer.done) is False
+    assert read_run(tmp_path).records == (again, second)
+    with RecordWriter(tmp_path, header(), resume=True) as writer:
+        assert list(writer.done) == [second.key] and writer.written == 3
+        writer.append(first)
+        with pytest.raises(RecordError, match="already recorded"):
+            writer.append(again)
+    assert read_run(tmp_path).records == (first, second)
+    path = tmp_path / FILE
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines, lines[1]]))  # a failed one after the one that counts
+    with pytest.raises(RecordError, match="appears a second time"):
+        read_run(tmp_path)
+
+
 def test_a_directory_with_records_is_not_overwritten(tmp_path: Path, run: Run) -> None:
     path = write(tmp_path, run.records)
     before = path.read_bytes()

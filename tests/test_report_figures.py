@@ -182,6 +182,9 @@ def test_a_pause_lies_where_the_run_was_resumed() -> None:
     sessions = [Resumption("2026-01-01T00:00:00+00:00", answers, Environment()) for answers in (0, 2, 2, 4)]
     assert pauses(replace(made, resumed=tuple(sessions))) == [(2, 100.0)]  # where answers followed, and once
     assert pauses(made) == []
+    failed = replace(made, records=tuple(replace(r, order=r.order + (r.order > 0)) for r in made))  # the second did
+    assert pauses(replace(failed, resumed=tuple(sessions[1:2]))) == [(2, 0.0)]
+    assert pauses(replace(failed, resumed=(replace(sessions[0], answers=3),))) == [(3, 100.0)]
 
 
 def test_the_pace_leaves_out_failures_and_other_strategies() -> None:

@@ -90,7 +90,8 @@ class RunHeader:
 
 @dataclass(frozen=True)
 class Resumption:
-    """A run went on after an interruption: when (UTC, ISO 8601), after how many answers, and where."""
+    """A run went on after an interruption: when (UTC, ISO 8601), after how many answers, failed ones included, and
+    where."""
 
     at: str
     answers: int

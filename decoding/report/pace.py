@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from decoding.report import statistics
 from decoding.report.measures import step_seconds
@@ -42,9 +43,9 @@ def pauses(run: Run) -> list[tuple[int, float]]:
     """(position in the run of the first answer after it, seconds) of every interruption that answers followed: from
     the end of the last answer before to the start of the next."""
     records = sorted(run.records, key=lambda record: record.order)
-    starts = sorted({session.answers for session in run.resumed if 0 < session.answers < len(records)})
-    found = []
-    for start in starts:
-        before, after = records[start - 1], records[start]
-        found.append((after.order, max(0.0, after.started - before.started - before.metrics.seconds)))
-    return found
+    starts = [session.answers for session in run.resumed]
+    return [
+        (after.order, max(0.0, after.started - before.started - before.metrics.seconds))
+        for before, after in pairwise(records)
+        if any(before.order < start <= after.order for start in starts)
+    ]

@@ -23,7 +23,7 @@ BASELINE = "autoregressive"
 """Text form of plain decoding, against which every other strategy is compared."""
 
 Key = tuple[int | str, str, int]
-"""(question_id, strategy, repeat): unique within a run.
+"""(question_id, strategy, repeat): unique within a run. If an answer that failed was made again, the later line counts.
 
 A turn of a conversation has no key of its own. It cannot be made again without the answers before it, and turns of one
 question are not independent evidence; so the whole conversation is one answer, whose `turns` keep its parts apart.

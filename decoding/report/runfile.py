@@ -1,8 +1,9 @@
 """A run directory on disk: records appended one by one, so that a run killed at any moment loses at most one answer.
 
 What `RecordWriter` promises: an appended record survives the process and the machine (flush and fsync before
-`append` returns); no key is ever written twice; a line cut off by a crash is dropped with a notice when the run
-resumes; a full disk costs the record being written and nothing before it.
+`append` returns); no key is written twice, but for answers that failed, of which the later line counts; a line cut off
+by a crash is dropped with a notice when the run resumes; a full disk costs the record being written and nothing before
+it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ _BEGINNING = b'{"kind":"header"'  # of every records file, even one whose writer
 
 @dataclass(frozen=True)
 class Run:
-    """A run read back: its header and its answers in the order they were made.
+    """A run read back: its header and its answers in the order they were made; one that failed and was made again is
+    where it first was.
 
     notices: what was wrong with the file but could be mended, one sentence each. resumed: when it went on after an
     interruption. judgments: of its answers, if a judge was asked.
@@ -88,7 +90,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     """Read a run directory, or a records file.
 
     A damaged last line is left out with a notice. Raises RecordError if there are no records, if another line
-    is damaged, if a key appears twice, or if the records follow a newer schema.
+    is damaged, if a key appears again after an answer that did not fail, or if the records follow a newer schema.
     """
     path = Path(directory)
     path = path / FILE if path.is_dir() else path
@@ -129,6 +131,7 @@ class RecordWriter:
     directory: made if it does not exist.
     resume: continue the records found there, which must come from the same configuration. Without it, a
         directory that already holds records is refused.
+    written: answers in the file, those that failed and were made again included.
 
     Raises RecordError if the records cannot be opened, belong to another configuration, follow another schema,
     are damaged before their last line, or are being written by another process.
@@ -138,6 +141,7 @@ class RecordWriter:
         self.path = Path(directory) / FILE
         self.header = header
         self.notices: tuple[str, ...] = ()
+        self.written = 0
         self._done: dict[Key, AnswerRecord] = {}
         with _explained(self.path, "opened"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,19 +159,21 @@ class RecordWriter:
 
     @property
     def done(self) -> Mapping[Key, AnswerRecord]:
-        """Every record written so far, by key; those found when resuming included."""
+        """Every complete answer so far, by key; those found when resuming included. The others may be made again."""
         return self._done
 
     def append(self, record: AnswerRecord) -> None:
         """Write one record; when this returns, it is on disk.
 
-        Raises RecordError if its key is already there or if it cannot be written; records written earlier stay
-        as they were, and the writer can be used again once there is space.
+        Raises RecordError if a complete answer of its key is already there or if it cannot be written; records written
+        earlier stay as they were, and the writer can be used again once there is space.
         """
         if record.key in self._done:
             raise RecordError(f"the answer {record.key} is already recorded in {self.path}.")
         self._write_line(record.to_json())
-        self._done[record.key] = record
+        self.written += 1
+        if not record.failed:
+            self._done[record.key] = record
 
     def close(self) -> None:
         """Give the file back. Safe to call twice."""
@@ -215,10 +221,11 @@ class RecordWriter:
                 "choose another output directory."
             )
         environment, self.header = self.header.environment, found.header
-        self._done = {record.key: record for record in found.records}
+        self._done = {record.key: record for record in found.records if not record.failed}
+        self.written = found.answers
         if found.unfinished_line:
             self._write(b"\n")
-        self._write_line(Resumption.now(len(self._done), environment).to_json())
+        self._write_line(Resumption.now(self.written, environment).to_json())
 
     def _write_line(self, data: Mapping[str, Any]) -> None:
         if self._file < 0:
@@ -237,7 +244,7 @@ class RecordWriter:
             with suppress(OSError):
                 os.ftruncate(self._file, self._end)
             raise RecordError(
-                f"{self.path} could not be written ({_reason(error)}); the {len(self._done)} answers before are safe: "
+                f"{self.path} could not be written ({_reason(error)}); the {self.written} answers before are safe: "
                 "make space and resume the run."
             ) from error
         self._end += len(line)
@@ -245,10 +252,12 @@ class RecordWriter:
 
 @dataclass(frozen=True)
 class _Contents:
-    """A records file as found. sound_bytes: length up to the last whole line."""
+    """A records file as found. answers: how many it holds, those that failed and were made again included.
+    sound_bytes: length up to the last whole line."""
 
     header: RunHeader | None
     records: list[AnswerRecord]
+    answers: int
     sound_bytes: int
     unfinished_line: bool
     notices: tuple[str, ...]
@@ -259,7 +268,7 @@ def _read(path: Path) -> _Contents:
     header: RunHeader | None = None
     records: dict[Key, AnswerRecord] = {}
     resumed: list[Resumption] = []
-    sound = 0
+    answers = sound = 0
     with _explained(path, "read"), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         line = b""
@@ -275,7 +284,7 @@ def _read(path: Path) -> _Contents:
                         "remove that line to use the other records."
                     ) from None
                 notice = f"{path}, line {number}: cut off in the middle, so it was dropped; that answer is made again."
-                return _Contents(header, list(records.values()), sound, False, (notice,), tuple(resumed))
+                return _Contents(header, list(records.values()), answers, sound, False, (notice,), tuple(resumed))
             try:
                 kind = data.get("kind") if isinstance(data, dict) else None
                 if kind not in (("answer", "resumed") if header else ("header",)):
@@ -286,14 +295,16 @@ def _read(path: Path) -> _Contents:
                     resumed.append(Resumption.from_json(data))
                 else:
                     record = AnswerRecord.from_json(data)
-                    if record.key in records:
+                    before = records.get(record.key)
+                    if before is not None and not before.failed:
                         raise RecordError(f"the answer {record.key} appears a second time.")
                     records[record.key] = record
+                    answers += 1
             except RecordError as error:
                 raise RecordError(f"{path}, line {number}: {error}") from None
             sound += len(line)
     unfinished = bool(line) and not line.endswith(b"\n")
-    return _Contents(header, list(records.values()), sound, unfinished, (), tuple(resumed))
+    return _Contents(header, list(records.values()), answers, sound, unfinished, (), tuple(resumed))
 
 
 def _encode(data: Mapping[str, Any]) -> bytes:
