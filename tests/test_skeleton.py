@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import prompts
 from decoding.backends.base import Backend
 from decoding.errors import InvalidRequest
 from decoding.strategies import Autoregressive, Jacobi, SkeletonOfThought, Speculative, parse
+from decoding.strategies.router import Always
 from decoding.types import Generation, Message, SamplingParams
 from tests.dictation import OUTLINE, OUTLINED, QUESTION, TITLES, Dictated, Typist
 from tests.refiners import Slope
@@ -373,12 +375,28 @@ def test_limits_and_lengths_reach_the_points(lm: decoding.LocalBackend) -> None:
         ({"router": "prompt(threshold=2)"}, "between 0 and 1"),
         ({"router": "classifier(heads=x)"}, "did you mean 'head'"),
         ({"router": 5}, "router must be"),
+        ({"templates": "/nope"}, "no folder of prompt templates at '/nope'"),
+        ({"prompt": "nope"}, "unknown prompt template 'nope/outline'"),
+        ({"router": "prompt(prompt=nope)"}, "unknown prompt template 'nope'"),
     ],
 )
 def test_bad_options_get_one_sentence(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:
         SkeletonOfThought(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["skeleton/small/outline", "skeleton/expand", "router/route"])
+@pytest.mark.parametrize("place", ["{{ topic }}", "{% if not can_prefill %}{{ topic }}{% endif %}"])
+def test_a_template_that_does_not_work_is_refused_before_anything_is_asked(
+    name: str, place: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / f"{name}.j2").write_text(f'{{% message "user" %}}{{{{ question }}}}{place}{{% endmessage %}}')
+    with pytest.raises(InvalidRequest, match=rf"{name}.j2, line 1: '.*' is undefined"):
+        SkeletonOfThought(templates=str(tmp_path), router="prompt")
+    if name == "router/route":  # which nobody asks with
+        assert SkeletonOfThought(templates=str(tmp_path)).router == Always()
 
 
 def test_the_text_form_names_stages_and_router() -> None:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import prompts
 from decoding.backends.base import Backend, OnText
 from decoding.errors import InvalidRequest
 from decoding.strategies.autoregressive import Autoregressive
 from decoding.strategies.base import Strategy, TokenStrategy, parse
-from decoding.strategies.router import Always, Router, as_router
-from decoding.strategies.skeleton_answer import SkeletonAnswer
-from decoding.types import Generation, Prompt, SamplingParams
+from decoding.strategies.router import EXAMPLE, Always, Router, as_router
+from decoding.strategies.skeleton_answer import STYLES, SkeletonAnswer
+from decoding.types import Generation, Message, Prompt, SamplingParams
 
 _FEWEST = 3
 """Points that are asked for at least, however little room there is."""
@@ -106,6 +107,19 @@ class SkeletonOfThought(Strategy):
                 raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
         limits = _limits(self.point_tokens)
         object.__setattr__(self, "point_tokens", limits[0] if len(limits) == 1 else ", ".join(map(str, limits)))
+        self._try_templates()
+
+    def _try_templates(self) -> None:
+        """A template that does not exist or does not work is an error now, not in every answer."""
+        assert isinstance(self.router, Router)
+        self.router.try_templates(self.templates)
+        parents = [{"index": 1, "title": "?", "text": "?"}]
+        point: dict[str, object] = {"outline": "1. ?", "index": 2, "title": "?", "parents": parents}
+        for style in [self.prompt] if self.prompt else STYLES:
+            for can_prefill in (True, False):
+                asked = self.asked("?", EXAMPLE, SamplingParams().max_new_tokens, can_prefill=can_prefill)
+                prompts.render(f"{style}/outline", folder=self.templates, **asked)
+                prompts.render(f"{style}/expand", folder=self.templates, **asked | point)
 
     @property
     def lossless(self) -> bool:
@@ -121,6 +135,22 @@ class SkeletonOfThought(Strategy):
         strategy = getattr(self, name) or self.inner
         assert isinstance(strategy, TokenStrategy)
         return strategy
+
+    def asked(
+        self, question: str, history: Sequence[Message], max_new_tokens: int, *, can_prefill: bool
+    ) -> dict[str, object]:
+        """What the templates of both stages are told of a request."""
+        most = self.points(max_new_tokens)
+        last = self.budget(most - 1, max_new_tokens)  # where limits differ, that of most points
+        return {
+            "question": question,
+            "history": history,
+            "max_points": most,
+            "dependencies": self.dependencies,
+            "can_prefill": can_prefill,
+            "length": self.length_of(last),
+            "sentences": self.sentences(last),
+        }
 
     def points(self, max_new_tokens: int) -> int:
         """How many points to ask for in a request that may have so many new tokens."""

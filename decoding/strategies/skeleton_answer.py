@@ -23,6 +23,9 @@ from decoding.types import FinishReason, Generation, Message, Prompt, SamplingPa
 if TYPE_CHECKING:
     from decoding.strategies.skeleton import SkeletonOfThought
 
+STYLES = ("skeleton", "skeleton/small")
+"""Templates for large models and for small ones."""
+
 _CUT_OFF = ("length", "context", "cancelled", "error")
 
 
@@ -44,17 +47,10 @@ class SkeletonAnswer:
         self._on_text = on_text
         self._history, self._question = _conversation(prompt)
         self._most = strategy.points(params.max_new_tokens)
-        last = strategy.budget(self._most - 1, params.max_new_tokens)  # where limits differ, that of most points
-        self._ask: dict[str, object] = {
-            "question": self._question,
-            "history": self._history,
-            "max_points": self._most,
-            "dependencies": strategy.dependencies,
-            "can_prefill": "prefill" in backend.capabilities,
-            "length": strategy.length_of(last),
-            "sentences": strategy.sentences(last),
-        }
-        self._style = strategy.prompt or ("skeleton/small" if 0 < backend.parameters < 1e9 else "skeleton")
+        self._ask = strategy.asked(
+            self._question, self._history, params.max_new_tokens, can_prefill="prefill" in backend.capabilities
+        )
+        self._style = strategy.prompt or STYLES[0 < backend.parameters < 1e9]
         self._began = time.perf_counter()
         self._parts: dict[str, Generation] = {}
         self._points: list[Point] = []

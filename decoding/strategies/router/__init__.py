@@ -4,8 +4,8 @@ Ning et al. 2024 (SoT-R) ask the model itself, or a trained classifier; both are
 answer's part "router".
 """
 
-from decoding.strategies.router.base import ROUTERS, Always, FunctionRouter, Route, Router, as_router
+from decoding.strategies.router.base import EXAMPLE, ROUTERS, Always, FunctionRouter, Route, Router, as_router
 from decoding.strategies.router.classifier import Classifier
 from decoding.strategies.router.prompted import Prompted
 
-__all__ = ["ROUTERS", "Always", "Classifier", "FunctionRouter", "Prompted", "Route", "Router", "as_router"]
+__all__ = ["EXAMPLE", "ROUTERS", "Always", "Classifier", "FunctionRouter", "Prompted", "Route", "Router", "as_router"]

@@ -16,6 +16,9 @@ from decoding.types import Generation, Message
 
 ROUTERS: dict[str, type[Router]] = {}
 
+EXAMPLE: Sequence[Message] = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "?"})
+"""Earlier messages, to try templates with."""
+
 
 @dataclass(frozen=True)
 class Route:
@@ -47,6 +50,9 @@ class Router(TextForm, ABC):
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
             ROUTERS[cls.name] = cls
+
+    def try_templates(self, templates: str | None) -> None:
+        """Raise InvalidRequest if a template that this one asks with does not exist or does not work."""
 
     @abstractmethod
     async def route(

@@ -9,8 +9,11 @@ from typing import ClassVar
 import prompts
 from decoding.backends.base import Backend
 from decoding.errors import InvalidRequest
-from decoding.strategies.router.base import Route, Router
+from decoding.strategies.router.base import EXAMPLE, Route, Router
 from decoding.types import Message
+
+_TEMPLATES = ("router/route", "router/small/route")
+"""For large models and for small ones."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,14 @@ class Prompted(Router):
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise InvalidRequest(f"threshold must lie between 0 and 1, not {self.threshold!r}.")
 
+    def try_templates(self, templates: str | None) -> None:
+        for name in [self.prompt] if self.prompt else _TEMPLATES:
+            prompts.render(name, folder=templates, question="?", history=EXAMPLE)
+
     async def route(
         self, question: str, history: Sequence[Message], backend: Backend, templates: str | None = None
     ) -> Route:
-        name = self.prompt or ("router/small/route" if 0 < backend.parameters < 1e9 else "router/route")
+        name = self.prompt or _TEMPLATES[0 < backend.parameters < 1e9]
         chat = prompts.render(name, folder=templates, question=question, history=list(history))
         choice = await backend.choose(chat.messages, ("A", "B", "C"))
         chances = choice.probabilities
