@@ -97,6 +97,9 @@ class LoadOptions:
                 raise InvalidRequest(f"{name} must be at least 1, not {value}.")
         if self.prices is not None and len(self.prices) != 3:
             raise InvalidRequest(f"prices are three, of prompt, cached and completion tokens, not {len(self.prices)}.")
+        for price in self.prices or ():
+            if not (math.isfinite(price) and price >= 0):
+                raise InvalidRequest(f"prices must be numbers, 0 or more, not {price!r}.")
 
     def load(self, model: str) -> Backend:
         """The backend for `model`. Raises InvalidRequest, ModelError or UnknownName."""

@@ -313,6 +313,8 @@ def test_a_missing_run_is_named(tmp_path: Path) -> None:
 
 
 def test_a_number_that_is_not_finite_is_refused_and_leaves_no_trace(tmp_path: Path, run: Run) -> None:
+    with pytest.raises(RecordError, match="the configuration holds a number that is not finite"):
+        RecordWriter(tmp_path, header(threshold=float("inf")))
     with RecordWriter(tmp_path, header()) as writer:
         with pytest.raises(RecordError, match="not finite"):
             writer.append(replace(run.records[0], quality={"judge": float("nan")}))

@@ -313,7 +313,8 @@ def _encode(data: Mapping[str, Any]) -> bytes:
     except UnicodeEncodeError:  # half a surrogate pair in a model's text: escaped, it can be written
         return (json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")) + "\n").encode()
     except ValueError as error:
-        raise RecordError(f"the answer {data.get('question_id')!r} holds a number that is not finite.") from error
+        what = "the configuration" if data["kind"] == "header" else f"the answer {data.get('question_id')!r}"
+        raise RecordError(f"{what} holds a number that is not finite.") from error
 
 
 def write_text(path: Path, text: str) -> None:
