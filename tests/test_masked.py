@@ -23,8 +23,9 @@ from transformers import (
 
 import decoding
 from decoding import BlockDiffusion, LocalBackend, MaskPredict, SamplingParams
-from decoding.errors import CapabilityError, InvalidRequest, ModelError
+from decoding.errors import CapabilityError, ContextOverflow, InvalidRequest, ModelError
 from decoding.masked import Masking
+from decoding.options import Schedule
 from decoding.strategies.block_diffusion import BlockDiffusionDecoder
 from decoding.types import Generation
 from tests.masked_reference import logits_of, refine
@@ -253,6 +254,28 @@ def test_mask_predict_asks_the_checkpoint_for_lengths() -> None:
     expected = [int(i) + 1 for i in logits.topk(2).indices]
     assert set(generation.parts) == {"length", *(f"length {n}" for n in expected)}
     assert len(generation.tokens) in expected
+
+
+@pytest.mark.parametrize("lengths", [(), tuple(range(200, 212))])
+def test_a_prompt_that_leaves_no_room_for_an_answer_fails_alone(lengths: tuple[int, ...], tmp_path: Path) -> None:
+    masking, strategy = Masking(MASK, 0, lengths=lengths), MaskPredict(length=None if lengths else 5)
+    lm = LocalBackend(tiny_model("llama"), tiny_tokenizer(), masking=masking, slots=8, capacity=64)
+    for prompt in ([65] * 63, [65] * 64, [65] * 90):
+        with pytest.raises(ContextOverflow, match=f"has {len(prompt)} tokens .* may hold 64.* larger capacity"):
+            decoding.generate([[65] * 5, prompt], lm, strategy=strategy)
+    assert len(run(lm, strategy, [[65] * 62])[0].tokens) == 1
+    file = tmp_path / "questions.jsonl"
+    turns = ["Hi", "la " * 30, "Ho"]
+    file.write_text("".join(json.dumps({"question_id": i, "turns": [turn]}) + "\n" for i, turn in enumerate(turns)))
+    params = SamplingParams(max_new_tokens=8)
+    for streams in (1, 3):
+        records = decoding.compare(
+            file, lm, strategies=[strategy], params=params, schedule=Schedule(streams=streams, warm_up=0)
+        )
+        assert [record.finish_reason for record in records] == ["length", "error", "length"]
+        assert [len(record.tokens) > 0 for record in records] == [True, False, True]
+        (failed,) = (record.error for record in records if record.error is not None)
+        assert "leaves no room for an answer" in failed
 
 
 def bert() -> BertForMaskedLM:

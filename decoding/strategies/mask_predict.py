@@ -19,7 +19,7 @@ from decoding.assembly import assembled_metrics
 from decoding.backends.base import Backend, OnText
 from decoding.engine.block import Block, Commit
 from decoding.engine.decoder import Decoder
-from decoding.errors import CapabilityError, InvalidRequest
+from decoding.errors import CapabilityError, ContextOverflow, InvalidRequest
 from decoding.strategies.base import Strategy, TokenStrategy
 from decoding.strategies.block_diffusion import BlockDiffusion
 from decoding.strategies.policies import Iterations
@@ -115,9 +115,15 @@ class MaskPredict(Strategy):
     async def _lengths(
         self, tokens: list[int], params: SamplingParams, backend: LocalBackend, parts: dict[str, Generation]
     ) -> list[int]:
-        """The lengths to try, the likeliest first."""
+        """The lengths to try, the likeliest first. Raises ContextOverflow for a prompt that leaves no room for any."""
         assert backend.masking is not None
-        most = min(params.max_new_tokens, backend.engine.cache.capacity - len(tokens) - 1)
+        capacity = backend.engine.cache.capacity
+        most = min(params.max_new_tokens, capacity - len(tokens) - 1)
+        if most < 1:
+            raise ContextOverflow(
+                f"the prompt has {len(tokens)} tokens and a sequence may hold {capacity}, which leaves no room for an "
+                "answer; shorten it or load the model with a larger capacity."
+            )
         announced = backend.masking.lengths
         if announced:
             most = min(most, len(announced))
@@ -128,7 +134,7 @@ class MaskPredict(Strategy):
             raise CapabilityError(
                 "this checkpoint has no tokens that announce an answer's length; give mask-predict a length."
             )
-        count = max(1, min(self.lengths, most))
+        count = min(self.lengths, most)
         ranked = SamplingParams(max_new_tokens=count, ignore_eos=True)
         parts["length"] = generation = await backend.complete(tokens, ranked, _Lengths(most))
         return [announced.index(token) + 1 for token in generation.tokens]
