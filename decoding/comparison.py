@@ -291,6 +291,8 @@ def joined(turns: Sequence[Generation]) -> Generation:
     if len(turns) == 1:
         return turns[0]
     trace = [step for generation in turns for step in generation.trace]
+    seconds = sum(generation.metrics.seconds for generation in turns)
+    first = turns[0].metrics.first_token_seconds
     parts: dict[str, Generation] = {}
     for number, generation in enumerate(turns, start=1):
         parts.update({f"turn {number}, {label}": part for label, part in generation.parts.items()})
@@ -300,7 +302,7 @@ def joined(turns: Sequence[Generation]) -> Generation:
         text="\n\n".join(generation.text for generation in turns),
         tokens=[token for generation in turns for token in generation.tokens],
         finish_reason=turns[-1].finish_reason,
-        metrics=assembled_metrics(turns, trace, seconds=sum(generation.metrics.seconds for generation in turns)),
+        metrics=replace(assembled_metrics(turns, trace, seconds=seconds), first_token_seconds=first),
         trace=trace,
         error=turns[-1].error,
         parts=parts,

@@ -16,6 +16,9 @@ import torch
 
 import decoding
 from decoding.cli import main
+from decoding.errors import InvalidRequest
+from decoding.options import Schedule
+from decoding.questions import Question
 from decoding.report.curves import Curve, chart
 from experiments import nar_quality, train_tasks
 from experiments.tasks import (
@@ -200,3 +203,36 @@ def test_a_chart_is_well_formed_and_has_every_point() -> None:
     root = ElementTree.fromstring(chart("a & b", "x", "y", curves))
     assert len(root.findall("{http://www.w3.org/2000/svg}polyline")) == 2
     assert len(root.findall("{http://www.w3.org/2000/svg}circle")) == 1 + 2 + 3 + 3
+
+
+@pytest.fixture(scope="module")
+def filler() -> decoding.LocalBackend:
+    return decoding.load(str(nar_quality.MODELS / "mask-predict"), slots=4)
+
+
+def test_mask_predict_stops_where_it_is_told_to(filler: decoding.LocalBackend) -> None:
+    params = decoding.SamplingParams(max_new_tokens=32, logprobs=True)
+    whole = decoding.generate("date 3 May 2028", filler, strategy="mask-predict", params=params)
+    assert (whole.text, whole.finish_reason) == (" 2028-05-03", "length")
+    pieces: list[str] = []
+    cut = decoding.generate(
+        "date 3 May 2028", filler, strategy="mask-predict", params=params.but(stop=["-"]), on_text=pieces.append
+    )
+    assert (cut.text, cut.finish_reason, pieces) == (" 2028", "stop", [" 2028"])
+    assert whole.logprobs is not None
+    assert (cut.tokens, cut.logprobs) == (whole.tokens[:5], whole.logprobs[:5])
+    assert cut.metrics.new_tokens == 5 and filler.tokenizer.decode(cut.tokens) == " 2028-"
+
+
+def test_mask_predict_shows_its_first_token_when_it_has_chosen(filler: decoding.LocalBackend) -> None:
+    out = decoding.generate("date 3 May 2028", filler, strategy="mask-predict")
+    assert out.metrics.first_token_seconds == out.metrics.seconds > max(step.end for step in out.trace)
+    conversation = Question("q", "c", ("date 3 May 2028", "date 4 May 2028"))
+    (record,) = decoding.compare([conversation], filler, strategies=["mask-predict"], schedule=Schedule(warm_up=0))
+    lengths = min(step.end for step in record.trace if step.committed)
+    assert record.parts["turn 1, length"] and lengths < record.metrics.first_token_seconds < record.metrics.seconds
+
+
+def test_a_length_that_cannot_be_announced_is_refused(filler: decoding.LocalBackend) -> None:
+    with pytest.raises(InvalidRequest, match="length 50 is more than the 16 tokens"):
+        decoding.generate("date 3 May 2028", filler, strategy="mask-predict(length=50)")

@@ -17,6 +17,7 @@ import torch
 
 from decoding.assembly import assembled_metrics
 from decoding.backends.base import Backend, OnText
+from decoding.backends.text import TextStream
 from decoding.engine.block import Block, Commit
 from decoding.engine.decoder import Decoder
 from decoding.errors import CapabilityError, ContextOverflow, InvalidRequest
@@ -37,7 +38,7 @@ class MaskPredict(Strategy):
     """lengths: so many different lengths are tried, and the one with the likeliest tokens, on average, is the answer.
 
     iterations: passes over each, at most. length: tokens of the answer, for checkpoints that cannot predict it, or
-    instead of what they predict; the lengths tried lie around it.
+    instead of what they predict, no longer than they can announce; the lengths tried lie around it.
     """
 
     lengths: int = 3
@@ -89,6 +90,10 @@ class MaskPredict(Strategy):
 
         candidates = await asyncio.gather(*(fill(length) for length in lengths))
         best = max([*candidates] or [*parts.values()], key=_mean_logprob)  # without lengths, their pass failed
+        stream = TextStream(backend.tokenizer, params.stop)
+        if (kept := stream.feed(best.tokens)) is not None:
+            logprobs = best.logprobs and best.logprobs[:kept]
+            best = replace(best, text=stream.text, tokens=best.tokens[:kept], logprobs=logprobs, finish_reason="stop")
         if on_text is not None and best.text:
             on_text(best.text)
         trace = sorted((step for part in parts.values() for step in part.trace), key=lambda s: (s.step, s.sequence))
@@ -101,6 +106,7 @@ class MaskPredict(Strategy):
             finish_reason=best.finish_reason,
             metrics=replace(
                 metrics,
+                first_token_seconds=metrics.seconds if gained else 0.0,  # nothing is text before the choice
                 prompt_tokens=len(tokens),
                 new_tokens=gained,
                 tokens_per_forward=share,
@@ -115,8 +121,18 @@ class MaskPredict(Strategy):
     async def _lengths(
         self, tokens: list[int], params: SamplingParams, backend: LocalBackend, parts: dict[str, Generation]
     ) -> list[int]:
-        """The lengths to try, the likeliest first. Raises ContextOverflow for a prompt that leaves no room for any."""
+        """The lengths to try, the likeliest first.
+
+        Raises InvalidRequest for a length that the checkpoint cannot announce, and ContextOverflow for a prompt that
+        leaves no room for any.
+        """
         assert backend.masking is not None
+        announced = backend.masking.lengths
+        if self.length is not None and announced and self.length > len(announced):
+            raise InvalidRequest(
+                f"length {self.length} is more than the {len(announced)} tokens that this checkpoint can announce; "
+                "choose a smaller one."
+            )
         capacity = backend.engine.cache.capacity
         most = min(params.max_new_tokens, capacity - len(tokens) - 1)
         if most < 1:
@@ -124,7 +140,6 @@ class MaskPredict(Strategy):
                 f"the prompt has {len(tokens)} tokens and a sequence may hold {capacity}, which leaves no room for an "
                 "answer; shorten it or load the model with a larger capacity."
             )
-        announced = backend.masking.lengths
         if announced:
             most = min(most, len(announced))
         if self.length is not None:
