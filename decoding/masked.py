@@ -51,6 +51,8 @@ class Masking:
 
 # The transformers class that a published kind is in shape, by its model_type in lower case.
 _SHAPES = {"llada": "llama", "dream": "qwen2", "sdar": "qwen3", "fast_dllm_qwen": "qwen2"}
+# Where block-causal kinds say how long their blocks are, and how long they are if they do not.
+_BLOCK_SIZES = {"sdar": ("block_size", 4), "fast_dllm_qwen": ("bd_size", 32)}
 
 _LLADA_FIELDS = {
     "d_model": "hidden_size",
@@ -78,27 +80,28 @@ _LLADA_WEIGHTS = {
 }
 
 
-def masking_of(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Masking | None:
+def masking_of(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Masking | None:
     """What a checkpoint's configuration says of its masks, or None for a causal model.
 
-    Raises ModelError for a masked one whose mask token cannot be found, or whose `masked` section is no such thing.
+    vocabulary: how many tokens the model knows. Raises ModelError for a masked one whose mask token cannot be found, or
+    whose declaration is no such thing.
     """
     kind = str(config.get("model_type", "")).lower()
     if "masked" in config:
-        return _from_section(config["masked"], int(config["vocab_size"]), bool(config.get("is_encoder_decoder")))
+        return _from_section(config["masked"], vocabulary, bool(config.get("is_encoder_decoder")))
     encoder = any(str(name).endswith("ForMaskedLM") for name in config.get("architectures") or ())
     if kind not in _SHAPES and not encoder:
         return None
-    mask = config.get("mask_token_id", tokenizer.mask_token_id)
+    mask = config.get("mask_token_id")
+    if mask is None:
+        mask = tokenizer.mask_token_id
     if mask is None and kind == "fast_dllm_qwen":
         mask = 151665
-    if not isinstance(mask, int):
-        raise ModelError(
-            f"this {config.get('model_type')} model names no mask token, so nothing can be filled in; set "
-            "mask_token_id in its config.json or mask_token in its tokenizer."
-        )
-    span = {"sdar": int(config.get("block_size", 4)), "fast_dllm_qwen": int(config.get("bd_size", 32))}.get(kind, 0)
-    return Masking(mask, span, shift=kind in ("dream", "fast_dllm_qwen"))
+    if kind not in _BLOCK_SIZES:
+        return _checked(Masking(mask, 0, shift=kind == "dream"), vocabulary)
+    option, usual = _BLOCK_SIZES[kind]
+    span = config.get(option, usual)
+    return _checked(Masking(mask, span, shift=kind == "fast_dllm_qwen"), vocabulary, block_size=option)
 
 
 def _from_section(section: Any, vocabulary: int, encoder: bool) -> Masking:
@@ -109,24 +112,43 @@ def _from_section(section: Any, vocabulary: int, encoder: bool) -> Masking:
             "the section 'masked' of config.json needs an attention, 'bidirectional' or 'block-causal', and a "
             "mask_token_id."
         )
-    mask, span = section.get("mask_token_id"), section.get("block_size", 0)
-    if mask is None:
-        raise ModelError(
-            "the section 'masked' of config.json names no mask token, so nothing can be filled in; set mask_token_id."
-        )
-    if not isinstance(mask, int) or not 0 <= mask < vocabulary:
-        raise ModelError(
-            f"the section 'masked' of config.json names the mask token {mask!r}, which is no id below {vocabulary}."
-        )
+    lengths = section.get("length_token_ids", [])
+    if not isinstance(lengths, list):
+        raise ModelError(f"length_token_ids in config.json must be a list of token ids, not {lengths!r}.")
+    mask: Any = section.get("mask_token_id")
+    shift = section.get("shift", False)
     if section["attention"] == "bidirectional":
-        span = 0
-    elif not isinstance(span, int) or span < 2:
-        raise ModelError(f"block-causal attention needs a block_size of at least 2 in config.json, not {span!r}.")
-    elif encoder:
+        return _checked(Masking(mask, 0, shift, tuple(lengths), encoder), vocabulary)
+    masking = Masking(mask, section.get("block_size", 0), shift, tuple(lengths), encoder)
+    return _checked(masking, vocabulary, block_size="block_size")
+
+
+def _checked(masking: Masking, vocabulary: int, block_size: str | None = None) -> Masking:
+    """`masking` as it was read, if a model of so many tokens can be run with it; else raises ModelError.
+
+    block_size: the option that says how long the blocks of block-causal attention are; None for bidirectional.
+    """
+    if masking.mask is None:
+        raise ModelError(
+            "this model names no mask token, so nothing can be filled in; set mask_token_id in its config.json."
+        )
+    for option, ids in (("mask_token_id", [masking.mask]), ("length_token_ids", masking.lengths)):
+        for token in ids:
+            if type(token) is not int or not 0 <= token < vocabulary:
+                raise ModelError(f"{option} is {token!r}, which is no id below {vocabulary}; set it in config.json.")
+    if len(set(masking.lengths)) < len(masking.lengths):
+        raise ModelError("the length_token_ids in config.json must differ: each token announces one length.")
+    if type(masking.shift) is not bool:
+        raise ModelError(f"shift in config.json must be true or false, not {masking.shift!r}.")
+    if block_size is not None and (type(masking.span) is not int or masking.span < 2):
+        raise ModelError(
+            f"block-causal attention needs a {block_size} of at least 2 in config.json, not {masking.span!r}."
+        )
+    if block_size is not None and masking.encoder:
         raise ModelError(
             "an encoder-decoder fills answers in at once: its attention in config.json is 'bidirectional'."
         )
-    return Masking(mask, span, bool(section.get("shift", False)), tuple(section.get("length_token_ids", ())), encoder)
+    return masking
 
 
 def read_masked(source: str, config: Mapping[str, Any], **options: Any) -> PreTrainedModel | None:

@@ -272,6 +272,8 @@ def _check_hub_has(repo: str) -> None:
 def _read(source: str, name: str, options: _Options, *, local_files_only: bool) -> LoadedModel:
     from transformers import AutoTokenizer, PretrainedConfig
 
+    from decoding.engine.runner import embeddings
+
     where = {"trust_remote_code": options.trust_remote_code, "local_files_only": local_files_only}
     device_map = dict(options.device_map) if isinstance(options.device_map, Mapping) else options.device_map
     how = {"dtype": options.dtype, "device_map": device_map, "use_safetensors": True}
@@ -279,4 +281,5 @@ def _read(source: str, name: str, options: _Options, *, local_files_only: bool) 
     model = read_masked(source, config, local_files_only=local_files_only, **how) or read_model(source, **how, **where)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    return LoadedModel(model.eval(), tokenizer, name, source, masking_of(config, tokenizer))
+    masking = masking_of(config, tokenizer, len(embeddings(model)))
+    return LoadedModel(model.eval(), tokenizer, name, source, masking)

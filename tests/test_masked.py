@@ -15,6 +15,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -24,7 +26,7 @@ from transformers import (
 import decoding
 from decoding import BlockDiffusion, LocalBackend, MaskPredict, SamplingParams
 from decoding.errors import CapabilityError, ContextOverflow, InvalidRequest, ModelError
-from decoding.masked import Masking
+from decoding.masked import Masking, masking_of
 from decoding.options import Schedule
 from decoding.strategies.block_diffusion import BlockDiffusionDecoder
 from decoding.types import Generation
@@ -455,6 +457,12 @@ def test_bad_checkpoints_get_one_sentence(tmp_path: Path) -> None:
         ({"attention": "bidirectional"}, "names no mask token"),
         ({"attention": "bidirectional", "mask_token_id": 10**6}, "no id below 259"),
         ({"attention": "block-causal", "mask_token_id": 3}, "needs a block_size of at least 2"),
+        ({"attention": "bidirectional", "mask_token_id": True}, "no id below 259"),
+        ({"attention": "bidirectional", "mask_token_id": 3, "shift": "no"}, "shift .* must be true or false"),
+        ({"attention": "bidirectional", "mask_token_id": 3, "length_token_ids": 7}, "must be a list of token ids"),
+        ({"attention": "bidirectional", "mask_token_id": 3, "length_token_ids": [4, 259]}, "259, .* no id below 259"),
+        ({"attention": "bidirectional", "mask_token_id": 3, "length_token_ids": ["a"]}, "'a', .* no id below 259"),
+        ({"attention": "bidirectional", "mask_token_id": 3, "length_token_ids": [4, 5, 4]}, "must differ"),
     ):
         file.write_text(json.dumps({**plain, "masked": section}))
         with pytest.raises(ModelError, match=message):
@@ -468,6 +476,32 @@ def test_bad_checkpoints_get_one_sentence(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(unmasked)
     with pytest.raises(ModelError, match="names no mask token"):
         decoding.load(str(unmasked))
+
+
+def test_what_published_kinds_declare_is_checked_as_the_section_is(tmp_path: Path) -> None:
+    folder = save(tmp_path, tiny_model("qwen3"), model_type="sdar")
+    file = folder / "config.json"
+    plain = json.loads(file.read_text())
+    for changes, message in (
+        ({"mask_token_id": 10**6}, "no id below 259"),
+        ({"mask_token_id": "<turn>"}, "no id below 259"),
+        ({"block_size": 1}, "needs a block_size of at least 2 .* not 1"),
+        ({"block_size": 0}, "needs a block_size of at least 2 .* not 0"),
+        ({"block_size": None}, "needs a block_size of at least 2 .* not None"),
+    ):
+        file.write_text(json.dumps({**plain, **changes}))
+        with pytest.raises(ModelError, match=message):
+            decoding.load(str(folder))
+    file.write_text(json.dumps({**plain, "mask_token_id": None}))
+    assert decoding.load(str(folder), slots=1).masking == Masking(MASK, 4), "null says nothing; the tokenizer does"
+    with pytest.raises(ModelError, match=r"needs a bd_size of at least 2 .* not '32'"):
+        masking_of({"model_type": "Fast_dLLM_Qwen", "mask_token_id": 3, "bd_size": "32"}, tiny_tokenizer(), VOCABULARY)
+
+
+def test_an_encoder_that_the_engine_cannot_run_gets_one_sentence(tmp_path: Path) -> None:
+    config = DistilBertConfig(vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=64)
+    with pytest.raises(ModelError, match=r"distilbert models lack something that the engine needs .*layer_idx"):
+        decoding.load(str(save(tmp_path, DistilBertForMaskedLM(config).eval())))
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs() -> None:

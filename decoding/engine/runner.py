@@ -243,6 +243,10 @@ class Runner:
                 self._call(tokens[None], positions, torch.arange(4, device=self.device))
             except TypeError as error:
                 raise ModelError(f"{kind} models take no packed positions, so the engine cannot run them.") from error
+            except AttributeError as error:
+                raise ModelError(
+                    f"{kind} models lack something that the engine needs ({error}), so it cannot run them."
+                ) from error
         layers = int(self.config.num_hidden_layers)
         if set(probe.layers) != set(range(layers)):
             raise ModelError(
