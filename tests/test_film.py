@@ -12,13 +12,15 @@ from rich.console import Console
 import decoding
 from decoding.cli import main
 from decoding.errors import CapabilityError, RecordError
+from decoding.masked import Masking
 from decoding.report.film import print_film, shoot, write_film
-from decoding.report.fixed_point import branches, fixed_point, stationary_places
+from decoding.report.fixed_point import branches, fixed_point, main_branch, stationary_places
 from decoding.report.traces import trace_from_json, trace_to_json
+from decoding.strategies.lookahead import lookahead_block
 from decoding.trace import Frame, Step
 from experiments.nar_quality import MODELS
 from tests.chromium import Chromium, find_chromium
-from tests.tiny import EOS, tiny_model, tiny_tokenizer
+from tests.tiny import EOS, TURN, tiny_model, tiny_tokenizer
 
 PARAMS = decoding.SamplingParams(max_new_tokens=24, ignore_eos=True)
 
@@ -62,6 +64,14 @@ def test_a_trees_branches_are_its_paths() -> None:
     assert branches(Frame(0, (1, 2, 3, 4), (-1, 0, 0, -1), ())) == [[1, 2], [1, 3], [4]]
     assert branches(Frame(0, (1, 2), None, ())) == [[1, 2]]
     assert branches(Frame(0, (), None, ())) == []
+
+
+def test_the_main_branch_is_the_path_of_the_first_nodes() -> None:
+    window, _ = lookahead_block([], [[1, 2, 3], [11, 12, 13]])
+    assert main_branch(Frame(0, tuple(window.tokens), tuple(window.parents or ()), ())) == [1, 2, 3]
+    assert main_branch(Frame(0, (1, 2, 3, 4), (-1, 0, 0, -1), ())) == [1, 2]
+    assert main_branch(Frame(0, (1, 2), None, ())) == [1, 2]
+    assert main_branch(Frame(0, (), (), ())) == []
 
 
 def test_frames_are_kept_on_request_only_and_hold_the_answer(lm: decoding.LocalBackend) -> None:
@@ -120,6 +130,18 @@ def test_masks_are_told_from_wrong_guesses_and_filling_them_from_revising(filler
     assert revised.generation.metrics.revised > 0
     passes = revised.statistics.iterations
     assert revised.statistics.revised_per_iteration == pytest.approx(revised.generation.metrics.revised / passes)
+
+
+def test_a_block_of_masks_is_what_becomes_text_together(filler: decoding.LocalBackend) -> None:
+    params, three = PARAMS.but(max_new_tokens=40), "block-diffusion(policy=fixed(count=3))"
+    found = shoot("date 3 May 2028", filler, strategy=three, params=params).statistics
+    assert (found.iterations, found.blocks, found.tokens_per_block) == (19, 4, (7 + 16 + 16 + 1) / 4)
+    assert found.iterations_per_block == 19 / 4
+    masking = Masking(TURN, 0)  # the first pass sees the masks of the whole answer
+    everywhere = decoding.LocalBackend(tiny_model(), tiny_tokenizer(), masking=masking, slots=1, capacity=128)
+    two = "block-diffusion(policy=fixed(count=2), block_size=4)"
+    found = shoot("hi", everywhere, strategy=two, params=params.but(max_new_tokens=20)).statistics
+    assert (found.blocks, found.iterations_per_block, found.tokens_per_block) == (5, 2.0, 4.0)
 
 
 BROWSER = find_chromium()

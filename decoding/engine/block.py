@@ -50,6 +50,16 @@ class Block:
                 raise ValueError(f"node {node} of a tree block names parent {parent}, which does not come before it.")
 
 
+def first_branch(tokens: Sequence[int], parents: Sequence[int] | None) -> list[int]:
+    """The path that the first nodes of a block make: a chain is all of it, and a tree's alternatives lie behind it."""
+    if parents is None:
+        return list(tokens)
+    length = 0
+    while length < len(tokens) and parents[length] == length - 1:
+        length += 1
+    return list(tokens[:length])
+
+
 def settled(length: int, span: int) -> int:
     """Of `length` committed tokens, how many have cache entries that no later token changes.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from decoding.engine.block import first_branch
 from decoding.trace import Frame, Step
 
 
@@ -16,7 +17,8 @@ class FixedPoint:
     """Means over the passes after prefill, of all sequences.
 
     iterations: passes. blocks: a block is what was guessed when the one before it had become text, the token that
-    the model adds included; places that join later belong to the next one.
+    the model adds included; places that join later belong to the next one. Of masked refinement, it is what was filled
+    in before it became text together.
     iterations_per_block: passes until all of a block was text. tokens_per_block: its length.
     fixed_per_iteration: tokens that became text in a pass.
     stationary_per_iteration: guesses that were right in the end though a wrong one stood before them (stationary
@@ -55,7 +57,9 @@ def fixed_point(trace: Iterable[Step]) -> FixedPoint:
             places = dict(enumerate(guesses, start=frame.at))
             revised += sum(last.get(place, token) != token for place, token in places.items())
             last = places
-    if any(step.written for step in trace):  # a mask that is filled in was no guess
+    if any(step.written for step in trace):  # a mask that is filled in was no guess, and nothing is added to a block
+        blocks = sum(bool(step.frame and step.frame.gained) for step in trace)
+        tokens = fixed
         revised = sum(step.revised for step in trace)
     mean = max(1, iterations)
     return FixedPoint(
@@ -108,7 +112,7 @@ def branches(frame: Frame) -> list[list[int]]:
 
 def main_branch(frame: Frame) -> list[int]:
     """The block itself where alternatives are verified beside it: the path that its first nodes make."""
-    return branches(frame)[0] if frame.guesses else []
+    return first_branch(frame.guesses, frame.parents)
 
 
 def stationary_places(guesses: Sequence[int], text: Sequence[int]) -> list[bool]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from decoding.drafting import Draft
-from decoding.engine.block import Block, Commit
+from decoding.engine.block import Block, Commit, first_branch
 from decoding.engine.confirm import PLACE_STREAM, confirm
 from decoding.engine.decoder import Decoder
 from decoding.engine.sampling import SamplingColumns, draw, probabilities, uniforms
@@ -192,7 +192,7 @@ class JacobiDecoder(Decoder):
         for i, (sequence, commit) in enumerate(zip(sequences, commits, strict=True)):
             state = self._iteration(sequence)
             block = output.blocks[i]
-            chain = _chain(block)
+            chain = first_branch(block.tokens, block.parents)
             # What the model says at every place is wanted even behind guesses that were wrong: that is the iteration.
             answers = best_answers(output, i, 1 + len(chain)) if chain else [commit.tokens[0]]
             if self.recycle:
@@ -293,16 +293,6 @@ class JacobiDecoder(Decoder):
                 text.append(found[0])
             others.append(text[start:])
         return others
-
-
-def _chain(block: Block) -> list[int]:
-    """The tokens of a block's first branch, whose nodes come first."""
-    if block.parents is None:
-        return list(block.tokens)
-    length = 0
-    while length < len(block) and block.parents[length] == length - 1:
-        length += 1
-    return list(block.tokens[:length])
 
 
 def best_answers(output: Output, i: int, count: int) -> list[int]:
