@@ -12,6 +12,7 @@ from decoding.engine.packing import Row
 from decoding.engine.runner import Runner
 from decoding.errors import ModelError
 from tests.greedy import VOCAB
+from tests.masked_reference import logits_of
 from tests.tiny import tiny_model
 
 
@@ -86,6 +87,27 @@ def test_bidirectional_blocks_see_all_of_themselves() -> None:
     other = runner.forward([Row(slot, [1, 2, 3], Block([4, 5, 9], bidirectional=True))])
     assert torch.equal(one[0], other[0]), "committed tokens must not see the block"
     assert not torch.allclose(one[1], other[1]), "the first token of the block must see its last"
+
+
+@pytest.mark.parametrize("fused", ["0", "1"])
+def test_what_lies_behind_a_block_is_seen_by_its_own_stretch_only(fused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second pass over the same tokens, with the end of the stretch read from the cache, is exact."""
+    monkeypatch.setenv("PARALLEL_DECODING_FUSED", fused)
+    model = tiny_model("llama")
+    runner = Runner(model, slots=2, capacity=32)
+    rows, expected = [], []
+    for length, size in ((16, 4), (10, 2)):  # a block that opens a stretch, and one behind the first two of its tokens
+        text, end = [(7 * place + 1) % VOCAB for place in range(length)], (length // 8 + 1) * 8
+        slot, reused = runner.cache.acquire(text, 8)
+        canvas = list(range(100, 100 + end - length))
+        runner.forward([Row(slot, text[reused:], Block(canvas, bidirectional=True), span=8)])
+        runner.cache.commit(slot, text[reused:-1])
+        block = Block(canvas[:size], bidirectional=True, suffix=len(canvas) - size)
+        rows.append(Row(slot, text[-1:], block, span=8))
+        expected.append(logits_of(model, [*text, *canvas], 8)[length - 1 : length + size])
+    torch.testing.assert_close(runner.forward(rows), torch.cat(expected), atol=1e-4, rtol=1e-4)
+    for row, plain in zip(rows, expected, strict=True):
+        torch.testing.assert_close(runner.forward([row]), plain, atol=1e-4, rtol=1e-4)
 
 
 def test_recurrent_models_are_refused() -> None:

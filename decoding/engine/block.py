@@ -19,7 +19,8 @@ class Block:
         chain, in which every guess follows the one before it. A guess sees the committed tokens, its
         ancestors and itself; its position is its depth below the last committed token.
     bidirectional: every guess sees every other one instead, at positions in order (masked refinement).
-    suffix: how many entries right behind the block, left in the cache by an earlier pass, its tokens see as well.
+    suffix: how many entries right behind the block, left in the cache by an earlier pass, are seen as well, by every
+        token that sees the block's last one.
     """
 
     tokens: Sequence[int] = ()

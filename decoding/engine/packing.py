@@ -140,7 +140,7 @@ def _sight(
     if each.visible is None and not suffix:
         return _Sight(index, each.depth, index + 1, np.zeros_like(index), np.zeros(0, dtype=np.int64))
     visible = np.tri(len(index), dtype=bool) if each.visible is None else each.visible
-    visible = np.hstack([visible, np.ones((len(index), suffix), dtype=bool)])
+    visible = np.hstack([visible, visible[:, -1:].repeat(suffix, axis=1)])
     lead = np.where(visible.all(axis=1), visible.shape[1], visible.argmin(axis=1))
     token, entry = np.nonzero(visible & (np.arange(visible.shape[1]) >= lead[:, None]))
     return _Sight(index, each.depth, lead, np.bincount(token, minlength=len(index)), entry)
@@ -245,7 +245,7 @@ def _group(rows: Sequence[Row], layouts: Sequence[Layout], start: int, cache: KV
             if base == 0:
                 visible[at, :count, 0] = False
             visible[at, :count, base : base + count] = inside
-            visible[at, :count, base + count : base + count + row.block.suffix] = True
+            visible[at, :count, base + count : base + count + row.block.suffix] = inside[:, -1:]
             key_positions[at, base : base + count] = base + each.depth
             query_positions[at, :count] = base + each.depth
     gather = scatter = None
