@@ -30,7 +30,12 @@ from decoding.strategies.autoregressive import Autoregressive
 from decoding.trace import Metrics
 from decoding.types import Generation, Message, SamplingParams
 
-_VERDICT = re.compile(r"verdict\W{0,8}(?:answer\W+)?(A|B|tie)\b", re.IGNORECASE)
+_VERDICT = re.compile(
+    r"verdict\W{0,8}(?:is\W{1,8})?(?:(?:the\W+)?(?:answer|assistant)\W+)?(?:a +)?(tie|draw|[AB]\b"
+    r"(?! +(?:tie|draw|and|or)\b)"  # "A and B are equally good" is no verdict for A
+    r"(?-i:(?<!a)|(?! +\w)))\b",  # a small "a" before another word is the article
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Judge:
 def verdict(text: str) -> str | None:
     """The verdict that a judgment ends with: "A", "B", "tie", or None if there is none. The last one counts."""
     found = _VERDICT.findall(text)
-    return {"a": "A", "b": "B", "tie": "tie"}[found[-1].lower()] if found else None
+    return {"a": "A", "b": "B", "tie": "tie", "draw": "tie"}[found[-1].lower()] if found else None
 
 
 def judge_run(
