@@ -12,7 +12,8 @@ from decoding.report.environment import Environment
 from decoding.report.header import Resumption
 from decoding.report.measures import acceptance, first_difference, step_costs, time_shares
 from decoding.report.pace import pace, pauses
-from decoding.trace import Metrics
+from decoding.report.records import AnswerRecord
+from decoding.trace import Metrics, Step
 from tests.made_runs import answer, run_of, step
 from tests.synthetic_run import synthetic_run
 
@@ -154,6 +155,21 @@ def test_the_cost_of_a_step_leaves_out_prompts_and_counts_a_shared_step_once() -
     )  # fmt: skip
     (cost,) = step_costs([answer("x", 1, 1.0, trace=trace)])
     assert (cost.tokens, cost.steps, cost.seconds) == (4, 2, 2.0)
+
+
+def test_the_cost_of_a_step_counts_a_step_of_several_answers_once() -> None:
+    def made(question: int, started: float, *trace: Step) -> AnswerRecord:
+        return answer("x", question, 1.0, started=started, trace=trace)
+
+    def shared(number: int, forward: float) -> Step:
+        return step(number, 1, 1, batch_tokens=2, batch_sequences=2, forward=forward)
+
+    together = [
+        made(1, 0.0, shared(1, 1.0), shared(2, 9.0), shared(3, 1.0)),
+        made(2, 0.0, shared(1, 1.0), step(2, 1, 1, prefill=True, batch_tokens=2), shared(3, 1.0)),
+    ]
+    (cost,) = step_costs([*together, made(3, 5.0, shared(1, 4.0))])  # the engine's numbers began again
+    assert (cost.tokens, cost.steps, cost.seconds) == (2, 3, 1.0)
 
 
 def test_shares_add_up_to_the_wall_clock() -> None:

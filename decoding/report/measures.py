@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from decoding.report.records import AnswerRecord
-from decoding.trace import acceptance_histogram
+from decoding.trace import Step, acceptance_histogram
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,20 @@ class StepCost:
 
 
 def step_costs(records: Iterable[AnswerRecord]) -> tuple[StepCost, ...]:
-    """The cost of decoding steps by the number of tokens in them; steps that read prompts are left out."""
-    seconds: dict[int, list[float]] = {}
+    """The cost of decoding steps by the number of tokens in them; steps that read prompts are left out.
+
+    A step counts once for all answers that it was shared by: those that were made together started together.
+    """
+    steps: dict[tuple[float, int], Step] = {}
+    mixed: set[tuple[float, int]] = set()
     for record in records:
-        mixed = {step.step for step in record.trace if step.prefill}
-        steps = {step.step: step for step in record.trace if step.step not in mixed}
-        for step in steps.values():
+        for step in record.trace:
+            steps[record.started, step.step] = step
+            if step.prefill:
+                mixed.add((record.started, step.step))
+    seconds: dict[int, list[float]] = {}
+    for key, step in steps.items():
+        if key not in mixed:
             seconds.setdefault(step.batch_tokens, []).append(step.forward)
     return tuple(StepCost(tokens, len(times), median(times)) for tokens, times in sorted(seconds.items()))
 
