@@ -39,6 +39,7 @@ def run_generate(options: argparse.Namespace) -> int:
 
 def run_compare(options: argparse.Namespace) -> int:
     from rich.console import Console
+    from rich.markup import escape
 
     from decoding.cli_evaluate import print_account
     from decoding.comparison import Comparison, execute
@@ -61,7 +62,7 @@ def run_compare(options: argparse.Namespace) -> int:
     comparison = Comparison.of(config)
     output = resumed or options.output or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     console = Console(stderr=True)
-    with console.status(f"loading {config.model}"):
+    with console.status(escape(f"loading {config.model}")):
         lm = config.load.load(config.model)
     try:
         with Live(comparison, console) as live:
@@ -89,6 +90,7 @@ def run_compare(options: argparse.Namespace) -> int:
 
 def run_race(options: argparse.Namespace) -> int:
     from rich.console import Console
+    from rich.markup import escape
 
     from decoding.api import resolve
     from decoding.errors import InvalidRequest
@@ -102,7 +104,7 @@ def run_race(options: argparse.Namespace) -> int:
     lm = load(options, errors)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     with errors.status("") as status:
-        lanes = race(prompt, lm, strategies, params, on_start=lambda strategy: status.update(f"{strategy} runs alone"))
+        lanes = race(prompt, lm, strategies, params, on_start=lambda s: status.update(escape(f"{s} runs alone")))
     replay(lanes, console, speed=options.speed)
     console.print(result_table(lanes))
     failed = [lane for lane in lanes if lane.generation.error is not None]
@@ -182,13 +184,14 @@ def run_calibrate(options: argparse.Namespace) -> int:
     console.print(result.table())
     if options.plot is not None:
         result.plot(options.plot)
-        console.print(f"plot: {options.plot}")
+        print(f"plot: {options.plot}")
     return 0
 
 
 def run_models(_: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from decoding.models import Alias, aliases
     from decoding.strategies.adapter import about, shipped_adapters
@@ -208,7 +211,7 @@ def run_models(_: argparse.Namespace) -> int:
         for column in (kind, "", "where"):
             table.add_column(column, overflow="fold")
         for row in found:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         if found:
             console.print(table)
     print("Any local folder in Hugging Face's layout, .gguf file or hub id (owner/name) works as a model, too;")

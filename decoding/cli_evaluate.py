@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from decoding.backends.base import Backend
@@ -67,8 +68,8 @@ def _table(rows: list[tuple[str, Judged]]) -> Table:
     for strategy, judged in rows:
         strict = judged.strict
         table.add_row(
-            strategy,
-            judged.judge,
+            Text(strategy),
+            Text(judged.judge),
             f"{strict.wins}/{strict.ties}/{strict.losses}",
             signed(strict.net),
             signed(judged.lenient.net),
@@ -110,7 +111,7 @@ def assess(options: argparse.Namespace) -> int:
         table.add_column(column, overflow="fold")
     for strategy in run.strategies:
         means = averages(found, strategy)
-        table.add_row(strategy, *(f"{means[name]:.3f}" if name in means else "–" for name in shown))
+        table.add_row(Text(strategy), *(f"{means[name]:.3f}" if name in means else "–" for name in shown))
     Console().print(table)
     for name in shown:
         print(f"{name}: {MEASURES[name]}.")

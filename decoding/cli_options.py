@@ -59,8 +59,10 @@ def params_of(options: argparse.Namespace) -> SamplingParams:
 
 def load(options: argparse.Namespace, console: Console) -> Backend:
     """The backend that a command line asked for. Raises InvalidRequest, ModelError or UnknownName."""
+    from rich.markup import escape
+
     how = LoadOptions(**_given(LoadOptions, options))
-    with console.status(f"loading {options.model}"):
+    with console.status(escape(f"loading {options.model}")):
         return how.load(options.model)
 
 

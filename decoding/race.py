@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -164,17 +165,17 @@ def result_table(lanes: Sequence[Lane]) -> Table:
     for title in ("seconds", "tokens", "tokens/s", "per forward", "speed-up", "same tokens"):
         table.add_column(title, justify="right")
     if len(lanes) > 1:
-        table.caption, table.caption_justify = f"speed-up and same tokens: against {lanes[0].strategy}", "left"
+        table.caption, table.caption_justify = f"speed-up and same tokens: against {escape(lanes[0].strategy)}", "left"
     reference = lanes[0]
     for lane in sorted(lanes, key=lambda lane: (lane.generation.error is not None, lane.seconds)):
         metrics = lane.generation.metrics
         if lane.generation.error is not None:
-            table.add_row(lane.strategy, Text("failed", style="red"))
+            table.add_row(Text(lane.strategy), Text("failed", style="red"))
             continue
         answers = lane.generation, reference.generation
         unknown = lane is reference or any(answer.text and not answer.tokens for answer in answers)  # a server's
         table.add_row(
-            lane.strategy,
+            Text(lane.strategy),
             f"{lane.seconds:.2f}",
             str(metrics.new_tokens),
             f"{metrics.new_tokens / lane.seconds:.1f}" if lane.seconds else "–",

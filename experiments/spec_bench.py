@@ -82,7 +82,7 @@ def main() -> None:
     strategies = [decoding.resolve(BASELINE), *(strategy(text) for text in options.drafters)]
     params = decoding.SamplingParams(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
     lm = decoding.load(options.model, weights=options.weights, slots=max(options.batches), capacity=options.capacity)
-    console = Console()
+    console = Console(markup=False)
     figures: dict[str, dict[str, dict[str, object]]] = {}
     for batch in options.batches:
         directory = options.output / f"batch-{batch}"

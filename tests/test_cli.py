@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -188,6 +189,23 @@ def test_a_race_without_a_terminal_prints_a_table(model: str, capsys: pytest.Cap
     assert "\x1b" not in out
     rows = [line.split()[0] for line in out.splitlines() if line.startswith(("autoregressive", "jacobi"))]
     assert sorted(rows) == strategies
+
+
+def test_brackets_in_names_are_text_and_no_markup(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    named, asked, run = tmp_path / "m[/model]", tmp_path / "questions.jsonl", tmp_path / "[/run]"
+    shutil.copytree(model, named)
+    asked.write_text(json.dumps({**QUESTIONS[0], "question_id": "[/id]", "category": "[/category]"}) + "\n")
+    strategies = ["--strategies", "autoregressive", "skeleton(length='[/strategy]')"]
+    assert main(["compare", str(asked), *strategies, "--output", str(run), *common(str(named))]) == 0
+    assert main(["report", str(run), str(run)]) == 0
+    assert main(["assess", str(run)]) == 0
+    assert main(["race", "Hello", "--strategies", *reversed(strategies[1:]), *common(str(named))]) == 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("length='[/strategy]'", "speed-up in [/run]"))
+    assert main(["generate", "Hello", "--model", "[/model]"]) == 2
 
 
 @pytest.mark.parametrize(

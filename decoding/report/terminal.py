@@ -51,7 +51,7 @@ def comparison_table(comparison: RunComparison) -> Table:
     (name, *titles), rows = comparison_cells(comparison)
     table.add_column(name)
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(Text(title), justify="right")
     for change, (strategy, one, other, agree, faster, same) in zip(comparison.changes, rows, strict=True):
         table.add_row(
             Text(_wrapped(strategy), style="bold"),
@@ -73,7 +73,7 @@ def print_comparison(comparison: RunComparison, console: Console | None = None) 
     if comparison.settings:
         settings = _table()
         for title in ("differs", *comparison.names):
-            settings.add_column(title, overflow="fold")
+            settings.add_column(Text(title), overflow="fold")
         for setting in comparison.settings:
             settings.add_row(*(Text(value) for value in setting))
         parts += ["", settings]

@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := [name for name in options.peers if name.partition(":")[0] not in SCRIPTS]:
         parser.error(f"unknown peer {unknown[0]!r}; known: {', '.join(SCRIPTS)}")
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-    console = Console()
+    console = Console(markup=False)
     loaded = load_model()
     paths = aliases()[0].paths
     assert paths is not None
