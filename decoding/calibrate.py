@@ -19,6 +19,7 @@ from decoding.backends.local import LocalBackend
 from decoding.engine.latency import LatencyModel, latency_of
 from decoding.engine.precision import GROUP, kept_as
 from decoding.report.curves import Curve, chart
+from decoding.report.runfile import write_text
 
 _BYTES = 2**28  # read to measure the memory's speed: more than any cache holds
 _SIDE = 1536  # of the matrices multiplied to measure the processor's
@@ -85,7 +86,7 @@ class Calibration:
         )
 
     def plot(self, path: Path) -> None:
-        """Cost against tokens with both floors, as an SVG file."""
+        """Cost against tokens with both floors, as an SVG file. Raises RecordError if it cannot be written."""
         at = [tokens for tokens, _ in self.latency.curve]
 
         def curve(label: str, seconds: Callable[[int], float]) -> Curve:
@@ -108,7 +109,9 @@ class Calibration:
                     f"{said}: {m.seconds * 1e3:.1f} ms, predicted {predicted * 1e3:.1f}", [(m.tokens, m.seconds * 1e3)]
                 )
             )
-        path.write_text(chart(f"Cost of a step on {self.latency.device}", "tokens in the step", "milliseconds", curves))
+        write_text(
+            path, chart(f"Cost of a step on {self.latency.device}", "tokens in the step", "milliseconds", curves)
+        )
 
 
 def calibrate(backend: LocalBackend) -> Calibration:

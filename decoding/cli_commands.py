@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
 
 # Imports are made where they are needed: what one command uses, another should not wait for.
-from decoding.cli_options import load, params_of
+from decoding.cli_options import load, params_of, prompt_of
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -20,7 +21,7 @@ def run_generate(options: argparse.Namespace) -> int:
     strategy = resolve(options.strategy)
     params = params_of(options)
     lm = load(options, Console(stderr=True))
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = prompt_of(options)
 
     def show(piece: str) -> None:
         print(piece, end="", flush=True)
@@ -102,7 +103,7 @@ def run_race(options: argparse.Namespace) -> int:
     params = params_of(options)
     console, errors = Console(), Console(stderr=True)
     lm = load(options, errors)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = prompt_of(options)
     with errors.status("") as status:
         lanes = race(prompt, lm, strategies, params, on_start=lambda s: status.update(escape(f"{s} runs alone")))
     replay(lanes, console, speed=options.speed)
@@ -122,7 +123,7 @@ def run_film(options: argparse.Namespace) -> int:
     strategy = resolve(options.strategy)
     params = params_of(options)
     lm = load(options, Console(stderr=True))
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = prompt_of(options)
     film = shoot(prompt, lm, strategy=strategy, params=params)
     print_film(film)
     if options.output is not None:
@@ -175,6 +176,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from decoding.calibrate import calibrate
     from decoding.errors import InvalidRequest
 
+    if options.plot is not None and not os.path.isdir(options.plot.parent):
+        raise InvalidRequest(f"there is no folder {str(options.plot.parent)!r} for the plot; make it first.")
     console = Console()
     backend = load(options, console)
     if not isinstance(backend, LocalBackend):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
+from decoding.errors import InvalidRequest
 from decoding.models import DEFAULT_MODEL
 from decoding.options import LoadOptions, Schedule
 from decoding.types import SamplingParams
@@ -55,6 +57,16 @@ def sampling_options(parser: argparse.ArgumentParser) -> None:
 def params_of(options: argparse.Namespace) -> SamplingParams:
     """The sampling parameters that a command line gave. Raises InvalidRequest."""
     return SamplingParams(**_given(SamplingParams, options))
+
+
+def prompt_of(options: argparse.Namespace) -> str:
+    """The prompt that a command line gave: `-` reads standard input. Raises InvalidRequest."""
+    if options.prompt != "-":
+        return str(options.prompt)
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"standard input is not valid {error.encoding}; give it in this encoding.") from error
 
 
 def load(options: argparse.Namespace, console: Console) -> Backend:

@@ -151,7 +151,7 @@ def read_run_file(path_or_name: str | os.PathLike[str]) -> RunConfig:
     is missing or malformed.
     """
     path = Path(path_or_name)
-    if isinstance(path_or_name, str) and not path.suffix and path.name == path_or_name and not path.exists():
+    if isinstance(path_or_name, str) and not path.suffix and path.name == path_or_name and not os.path.exists(path):
         shipped = run_files()
         if path_or_name not in shipped:
             raise UnknownName("run file", path_or_name, shipped)
@@ -160,11 +160,13 @@ def read_run_file(path_or_name: str | os.PathLike[str]) -> RunConfig:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InvalidRequest(f"run file {str(path)!r} cannot be read: {error.strerror or error}.") from error
+    except RecursionError as error:
+        raise InvalidRequest(f"{path}: not valid TOML: it is nested too deeply.") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise InvalidRequest(f"{path}: not valid TOML: {str(error).rstrip('.')}.") from error
     config = _build(RunConfig, table, str(path))
     beside = path.parent / config.questions
-    if config.questions not in suites() and beside.is_file():
+    if config.questions not in suites() and os.path.isfile(beside):
         config = dataclasses.replace(config, questions=str(beside))
     return config
 

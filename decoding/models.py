@@ -143,12 +143,12 @@ def load_model(
                 f"run `{alias.install}`, or name a model folder, .gguf file or hub id."
             )
         return _from_folder(converted(paths), text, options)
-    path = Path(text).expanduser()
-    if text and path.is_file():
+    path = Path(os.path.expanduser(text))
+    if text and os.path.isfile(path):
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{path} is neither a .gguf file nor a model folder.")
         return _from_folder(converted([path]), path.stem, options)
-    if text and path.is_dir():
+    if text and os.path.isdir(path):
         _check_folder(path)
         return _from_folder(path, path.resolve().name, options)
     if isinstance(name_or_path, str) and _is_hub_id(text):

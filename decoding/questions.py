@@ -20,6 +20,7 @@ import csv
 import importlib.resources
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from typing import Literal, NoReturn, cast, get_args
 
 from decoding.errors import InvalidRequest, UnknownName
 from decoding.quality import has_number
+from decoding.types import is_text
 
 Check = Literal["numeric", "exact", "contains", "rouge-l", "chrf"]
 """How an answer is compared with its reference; `decoding.quality.score` says what each of them means."""
@@ -68,6 +70,11 @@ class Question:
     def __post_init__(self) -> None:
         if not self.turns:
             raise InvalidRequest(f"question {self.id!r} has no turns; it needs at least one.")
+        for turn in self.turns:
+            if not is_text(turn):
+                raise InvalidRequest(
+                    f"question {self.id!r}: a turn must be text that has a UTF-8 form, not {turn!r:.60}."
+                )
 
     def references(self, turn: int = 0) -> tuple[str, ...]:
         """The known good answers to one turn; empty if there are none."""
@@ -114,12 +121,12 @@ def _find(path_or_name: str | PathLike[str]) -> Path:
         if path_or_name in shipped:
             return shipped[path_or_name]
         path = Path(path_or_name)
-        if not path.exists() and path.name == path_or_name and not path.suffix:
+        if not os.path.exists(path) and path.name == path_or_name and not path.suffix:
             raise UnknownName("question suite", path_or_name, shipped)
     path = Path(path_or_name)
-    if not path.exists():
+    if not os.path.exists(path):  # not Path.exists, which raises an OSError for a name that is too long
         raise InvalidRequest(f"question file {str(path)!r} does not exist; shipped suites: {', '.join(suites())}.")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InvalidRequest(f"{str(path)!r} is a folder; give one question file in it.")
     return path
 
@@ -303,9 +310,7 @@ def _string(place: _Place, value: object, what: str) -> str:
         place.fail(f"{what} must be a text, not {_kind(value)}.")
     if not value.strip():
         place.fail(f"{what} is empty; a question needs some text.")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no tokenizer takes it
+    if not is_text(value):
         place.fail(f"{what} contains half of a surrogate pair, which is not a character.")
     return value
 

@@ -43,6 +43,10 @@ class SentenceEncoder:
             self._model = AutoModel.from_pretrained(where, local_files_only=True, dtype=torch.float32).eval()
         except (OSError, ValueError) as error:
             raise ModelError(f"the sentence encoder in {where} cannot be loaded: {error}") from error
+        if self._tokenizer.cls_token_id is None or self._tokenizer.sep_token_id is None:
+            raise ModelError(
+                f"{where} holds no sentence encoder: its tokenizer has no [CLS] and [SEP]; name another one."
+            )
         self._window = min(WINDOW, self._model.config.max_position_embeddings - 2)
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:

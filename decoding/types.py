@@ -27,6 +27,20 @@ FinishReason = Literal["eos", "stop", "length", "context", "cancelled", "error"]
 is full, the caller cancelled it, or it failed (`Generation.error` says how)."""
 
 
+def is_text(value: object) -> bool:
+    """Whether a value is text that has a UTF-8 form: half of a surrogate pair has none, and no tokenizer takes it.
+
+    JSON can spell one, and Python makes one of every byte on a command line that is not UTF-8.
+    """
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when to stop.

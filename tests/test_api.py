@@ -142,6 +142,8 @@ def test_model_generate_still_works_beside_the_engine(lm: decoding.LocalBackend)
         ([[]], "empty"),
         ([{"role": "user"}], "'role' and a 'content'"),
         (7, "a prompt is"),
+        ("a\udcff", "UTF-8"),
+        ([{"role": "user", "content": "a\ud83d"}], "UTF-8"),
         ("long " * 300, "shorten"),
         ([999_999], "vocabulary"),
     ],

@@ -57,11 +57,17 @@ def test_a_long_text_is_read_to_its_end(encoder: SentenceEncoder) -> None:
     assert encoder.similarity(begun + "bread " * 14, begun + "glass " * 14) < 0.999
 
 
-def test_a_missing_encoder_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_no_encoder_is_refused_and_a_missing_one_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install"):
         SentenceEncoder()
     with pytest.raises(ModelError, match="cannot be loaded"):
+        SentenceEncoder(tmp_path)
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="holds no sentence encoder"):
         SentenceEncoder(tmp_path)
 
 

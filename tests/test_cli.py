@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -195,7 +197,7 @@ def test_brackets_in_names_are_text_and_no_markup(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    named, asked, run = tmp_path / "m[/model]", tmp_path / "questions.jsonl", tmp_path / "[/run]"
+    named, asked, run = tmp_path / "[model]", tmp_path / "questions.jsonl", tmp_path / "[run]"
     shutil.copytree(model, named)
     asked.write_text(json.dumps({**QUESTIONS[0], "question_id": "[/id]", "category": "[/category]"}) + "\n")
     strategies = ["--strategies", "autoregressive", "skeleton(length='[/strategy]')"]
@@ -204,7 +206,7 @@ def test_brackets_in_names_are_text_and_no_markup(
     assert main(["assess", str(run)]) == 0
     assert main(["race", "Hello", "--strategies", *reversed(strategies[1:]), *common(str(named))]) == 0
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("length='[/strategy]'", "speed-up in [/run]"))
+    assert all(text in printed for text in ("length='[/strategy]'", "speed-up in [run]"))
     assert main(["generate", "Hello", "--model", "[/model]"]) == 2
 
 
@@ -216,6 +218,15 @@ def test_brackets_in_names_are_text_and_no_markup(
         (["generate", "Hi", "--temperature", "-1"], "temperature"),
         (["generate", ""], "empty"),
         (["generate", "word " * 5000], "shorten"),
+        (["generate", "a\udcff"], "UTF-8"),
+        (["generate", "Hi", "--model", "m" * 600], "unknown model"),
+        (["generate", "Hi", "--model", "~no-such-user/m"], "~no-such-user/m"),
+        (["generate", "Hi", "--strategy", f"jacobi(adapter={'a' * 600})"], "unknown adapter"),
+        (["compare", "Which of v1.5? " * 40], "does not exist"),
+        (["compare", "w" * 600], "unknown question suite"),
+        (["compare", "--config", "w" * 600], "unknown run file"),
+        (["report", "w" * 600], "could not be read"),
+        (["calibrate", "--plot", "/no/such/cost.svg"], "/no/such"),
         (["generate", "Hi", "--capacity", "8"], "capacity must be at least 16"),
         (["generate", "Hi", "--slots", "0"], "slots must be at least 1"),
         (["generate", "Hi", "--strategy", "jacobi(adapter=no-such)"], "unknown adapter 'no-such'"),
@@ -253,6 +264,26 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
         code = exit.code
     err = capsys.readouterr().err
     assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_what_is_not_utf_8_on_standard_input_is_said_so(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8", errors=errors))
+        assert main(["generate", "-", *common(model)]) == 2
+        err = capsys.readouterr().err.lower()
+        assert "utf-8" in err and "traceback" not in err
+
+
+def test_a_character_that_the_terminal_lacks_costs_no_answer(model: str, tmp_path: Path) -> None:
+    asked, run = tmp_path / "questions.txt", tmp_path / "run"
+    asked.write_text("Hello\n")
+    assert main(["compare", str(asked), "--strategies", "autoregressive", "--output", str(run), *common(model)]) == 0
+    command = [sys.executable, "-m", "decoding", "report", str(run)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "autoregressive" in done.stdout, done.stderr
 
 
 def test_a_malformed_question_file_is_named_with_its_line(

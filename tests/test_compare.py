@@ -134,6 +134,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path: Path) -
         (lambda: comparison(), "at least one question"),
         (lambda: comparison("a", "a"), "the same id"),
         (lambda: Question("a", "c", ()), "question 'a' has no turns"),
+        (lambda: comparison("fine", "a\udcff"), "UTF-8"),
         (lambda: Schedule(streams=0), "streams must be at least 1"),
         (lambda: Schedule(cool_down=-1.0), "cool_down"),
     ],

@@ -81,6 +81,7 @@ def test_questions_are_looked_for_beside_the_run_file(tmp_path: Path) -> None:
         ("[load]\nslots = 0", "slots must be at least 1, not 0"),
         ("categories = [1]", "categories must be text in quotes, not 1"),
         ("limit =", "not valid TOML"),
+        pytest.param("limit = " + "[" * 5000 + "]" * 5000, "nested too deeply", id="deep"),
     ],
 )
 def test_a_mistake_is_named_with_its_file_and_key(tmp_path: Path, text: str, message: str) -> None:

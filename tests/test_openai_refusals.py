@@ -28,12 +28,14 @@ def test_parameters_without_a_field_are_refused_unless_the_server_is_said_to_tak
     assert server.bodies[0]["min_tokens" if name == "min_new_tokens" else name] == value
 
 
-@pytest.mark.parametrize("prompt", ["", "  ", [1, 2], [{"role": "user"}]], ids=str)
+@pytest.mark.parametrize("prompt", ["", "  ", [1, 2], [{"role": "user"}], "a\udcff"], ids=ascii)
 def test_prompts_that_make_no_sense(server: FaultServer, prompt: Any) -> None:
     with pytest.raises(InvalidRequest):
         decoding.generate(prompt, backend(server))
     with pytest.raises(InvalidRequest, match="logprobs"):
         decoding.generate("One?", backend(server), params=SamplingParams(logprobs=True))
+    with pytest.raises(InvalidRequest, match="UTF-8"):
+        decoding.generate("a\udcff", backend(server, endpoint="completions"))
     assert not server.bodies
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from decoding.backends.choice import Choice, named_option
-from decoding.errors import CapabilityError
-from decoding.types import Generation, Prompt, SamplingParams
+from decoding.errors import CapabilityError, InvalidRequest
+from decoding.types import Generation, Message, Prompt, SamplingParams, is_text
 
 if TYPE_CHECKING:
     from decoding.strategies.base import Strategy, TokenStrategy
@@ -80,3 +80,21 @@ def _instead(missing: Sequence[str], offered: frozenset[str]) -> str:
     if "tokens" in missing and "masked" in offered:
         return "block-diffusion or mask-predict: this model fills masks in and does not continue a text."
     return "a local model for it." if "tokens" in missing else "another backend for it."
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """A prompt that is no list of token ids, as messages. Raises InvalidRequest for what is empty or no text."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
+    if not isinstance(prompt, Sequence):
+        raise InvalidRequest(f"a prompt is text, a list of messages or a list of token ids, not {prompt!r:.60}.")
+    if not prompt:
+        raise InvalidRequest("the prompt is empty; give text, at least one message, or token ids.")
+    messages: list[Message] = []
+    for message in prompt:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise InvalidRequest("every message of a prompt needs a 'role' and a 'content', both text.")
+        if not is_text(message["content"]):
+            raise InvalidRequest("the prompt holds half of a surrogate pair, which is no character; give it as UTF-8.")
+        messages.append({"role": message["role"], "content": message["content"]})
+    return messages

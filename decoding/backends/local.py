@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from decoding.backends.base import Backend, OnText
+from decoding.backends.base import Backend, OnText, messages_of
 from decoding.backends.choice import Choice, NextToken
 from decoding.backends.text import TextStream, token_pieces
 from decoding.backends.turns import Turns
@@ -25,7 +25,7 @@ from decoding.engine.sequence import Sequence
 from decoding.errors import CapabilityError, InvalidRequest
 from decoding.masked import Masking
 from decoding.trace import measure
-from decoding.types import Generation, Message, Prompt, SamplingParams
+from decoding.types import Generation, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from decoding.strategies.base import TokenStrategy
@@ -106,33 +106,15 @@ class LocalBackend(Backend):
 
         A model without a chat template gets the bare text, messages joined by blank lines.
         """
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise InvalidRequest("the prompt is empty; give some text.")
-            messages: list[Message] = [{"role": "user", "content": prompt}]
-        elif prompt and all(isinstance(item, int) for item in prompt):
+        if isinstance(prompt, List) and prompt and all(isinstance(item, int) for item in prompt):
             more = self.tokenizer(prefill, add_special_tokens=False)["input_ids"] if prefill else []
             return [item for item in prompt if isinstance(item, int)] + list(more)
-        else:
-            messages = list(prompt)  # type: ignore[arg-type]
-            if not messages:
-                raise InvalidRequest("the prompt is empty; give text, at least one message, or token ids.")
-            for message in messages:
-                if not isinstance(message, dict) or not all(
-                    isinstance(message.get(key), str) for key in ("role", "content")
-                ):
-                    raise InvalidRequest("every message of a prompt needs a 'role' and a 'content', both text.")
+        messages = messages_of(prompt)
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(message["content"] for message in messages) + prefill
             return list(self.tokenizer(text)["input_ids"])
         try:
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    [{"role": m["role"], "content": m["content"]} for m in messages],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-            )
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:
             raise InvalidRequest(f"the model's chat template does not take these messages: {error}") from error
         return list(self.tokenizer(text + prefill, add_special_tokens=False)["input_ids"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from decoding.backends.base import messages_of
 from decoding.errors import InvalidRequest
 from decoding.types import Message, Prompt, SamplingParams
 
@@ -88,20 +89,9 @@ def prompt_text(request: Mapping[str, Any]) -> str:
 
 
 def _messages(prompt: Prompt) -> list[Message]:
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise InvalidRequest("the prompt is empty; give some text.")
-        return [{"role": "user", "content": prompt}]
-    messages: list[Message] = []
-    for message in prompt:
-        if isinstance(message, int):
-            raise InvalidRequest("the chat endpoint takes text or messages; token ids need endpoint='completions'.")
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise InvalidRequest("every message of a prompt needs a 'role' and a 'content', both text.")
-        messages.append({"role": message["role"], "content": message["content"]})
-    if not messages:
-        raise InvalidRequest("the prompt is empty; give text or at least one message.")
-    return messages
+    if isinstance(prompt, Sequence) and any(isinstance(item, int) for item in prompt):
+        raise InvalidRequest("the chat endpoint takes text or messages; token ids need endpoint='completions'.")
+    return messages_of(prompt)
 
 
 def _plain(prompt: Prompt, prefill: str) -> str | list[int]:
@@ -109,6 +99,4 @@ def _plain(prompt: Prompt, prefill: str) -> str | list[int]:
         if prefill:
             raise InvalidRequest("the beginning of an answer cannot be joined to token ids; give the prompt as text.")
         return [item for item in prompt if isinstance(item, int)]
-    if isinstance(prompt, str) and prompt.strip():
-        return prompt + prefill
-    return "\n\n".join(message["content"] for message in _messages(prompt)) + prefill
+    return "\n\n".join(message["content"] for message in messages_of(prompt)) + prefill

@@ -88,7 +88,7 @@ def read_judgments(directory: str | os.PathLike[str]) -> tuple[Judgment, ...]:
     """
     path = Path(directory) / JUDGMENTS
     try:
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        lines = path.read_text(encoding="utf-8").split("\n") if os.path.exists(path) else []
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{path} could not be read ({error}).") from error
     judgments: dict[Pair, Judgment] = {}

@@ -93,7 +93,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     is damaged, if a key appears again after an answer that did not fail, or if the records follow a newer schema.
     """
     path = Path(directory)
-    path = path / FILE if path.is_dir() else path
+    path = path / FILE if os.path.isdir(path) else path
     contents = _read(path)
     if contents.header is None:
         raise RecordError(f"{path} holds no complete header, so the run never started; start it again.")

@@ -12,6 +12,7 @@ import importlib.resources
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def _alike(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 def _found(name: str) -> Path:
     """The folder of a shipped adapter, or the one that `name` is the path of."""
     folder = shipped_adapters().get(name) or Path(name).expanduser()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if folder.name == name:
             raise UnknownName("adapter", name, [*shipped_adapters(), "the path of a folder"])
         raise ModelError(f"there is no adapter at {folder}: no such folder.")
