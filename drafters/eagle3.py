@@ -38,7 +38,7 @@ class Eagle3(Drafter):
     nodes: guesses per step and sequence in a tree; 0 for a chain. top_k: guesses per level of a tree that are gone on
     from, and how many follow each. The depth of either is the strategy's draft length. A chain of a request with a
     temperature is sampled from the head's distribution, with the request's temperature and filters; a tree holds the
-    most likely tokens.
+    most likely tokens. Both end where the head's logits are not finite.
 
     Hidden states are kept for every token of the target's cache, and so are there for reused prefixes too. Text that
     was read before the drafter was attached has none: it is not reused, and where a request was running already, the
@@ -86,21 +86,25 @@ class Eagle3(Drafter):
 
     def _chains(self, sequences: List[Sequence], lengths: list[int], level: Level) -> list[Draft]:
         head, ids = self._session.head, self._session.tokens
+        left = list(lengths)
         tokens: list[list[int]] = [[] for _ in sequences]
         confidence: list[list[float]] = [[] for _ in sequences]
         chances: list[list[torch.Tensor]] = [[] for _ in sequences]
         active = list(range(len(sequences)))
         for depth in range(max(lengths)):
             if depth:
-                still = [k for k, i in enumerate(active) if lengths[i] > depth]
+                still = [k for k, i in enumerate(active) if left[i] > depth]
+                if not still:
+                    break
                 hidden = level.hidden if len(still) == len(active) else level.hidden[still]
                 active = [active[k] for k in still]
                 last = np.array([[tokens[i][-1]] for i in active])
                 ancestors = np.zeros((len(active), 1, depth - 1), dtype=np.int64)
                 level = self._session.guess([sequences[i] for i in active], last, hidden, depth - 1, ancestors)
             logits = level.logits[:, 0]  # [active, draft vocab]
-            choice = logits.argmax(-1)
-            sampled = [k for k, i in enumerate(active) if sequences[i].params.temperature > 0]
+            best, choice = logits.max(-1)
+            finite = best.isfinite().tolist()
+            sampled = [k for k, i in enumerate(active) if finite[k] and sequences[i].params.temperature > 0]
             if sampled:
                 members = [sequences[active[k]] for k in sampled]
                 columns = SamplingColumns.of([s.params for s in members], logits.device)
@@ -113,9 +117,12 @@ class Eagle3(Drafter):
                     chances[active[k]].append(row)
             sure = logits.gather(1, choice[:, None])[:, 0].float() - logits.float().logsumexp(-1)
             host = torch.stack([ids[choice].double(), sure.exp().double()]).tolist()
-            for i, token, confident in zip(active, *host, strict=True):
-                tokens[i].append(int(token))
-                confidence[i].append(confident)
+            for i, sound, token, confident in zip(active, finite, *host, strict=True):
+                if sound:
+                    tokens[i].append(int(token))
+                    confidence[i].append(confident)
+                else:
+                    left[i] = depth
         return [
             Draft(Block(guesses), torch.stack(chance) if chance else None, confident)
             for guesses, chance, confident in zip(tokens, chances, confidence, strict=True)
@@ -145,11 +152,12 @@ class Eagle3(Drafter):
         return [pool.draft(i, self.nodes, length) for i, length in enumerate(lengths)]
 
     def _best(self, level: Level, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """The target's ids of the `width` likeliest tokens behind each position, and their log-probabilities: both
-        [S, K, width]."""
+        """The target's ids of the `width` likeliest tokens behind each position, and their log-probabilities, minus
+        infinity where the logits are not finite: both [S, K, width]."""
         logits = level.logits.float()
         best = logits.topk(width, dim=-1)
         score = best.values - logits.logsumexp(-1, keepdim=True)
+        score = score.where(best.values[..., :1].isfinite(), -torch.inf)
         host = torch.stack([self._session.tokens[best.indices].double(), score.double()]).cpu().numpy()
         return host[0].astype(np.int64), host[1]
 
@@ -199,8 +207,8 @@ class _Pool:
         return -np.partition(-self.score, nodes - 1, axis=1)[:, nodes - 1 : nodes]
 
     def draft(self, i: int, nodes: int, length: int) -> Draft:
-        """The best `nodes` guesses of sequence i, at most `length` levels deep."""
-        inside = np.nonzero(self._depth <= length)[0]
+        """The best `nodes` guesses of sequence i that are possible at all, at most `length` levels deep."""
+        inside = np.nonzero((self._depth <= length) & np.isfinite(self.score[i]))[0]
         kept = np.sort(inside[np.argsort(-self.score[i, inside], kind="stable")[:nodes]])
         index = {int(node): place for place, node in enumerate(kept)}
         parents = [index.get(int(parent), -1) for parent in self.parents[i, kept]]

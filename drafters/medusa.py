@@ -38,7 +38,7 @@ _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
 @dataclass(eq=False)
 class Medusa(Drafter):
     """head: the folder of trained heads; None for those that come with the project for the model. nodes: guesses per
-    step and sequence in a tree; 0 for a chain. Neither gets deeper than there are heads."""
+    step and sequence in a tree; 0 for a chain. Neither gets deeper than there are heads whose logits are finite."""
 
     head: str | None = None
     nodes: int = 0
@@ -75,12 +75,11 @@ class Medusa(Drafter):
         if not asked:
             return drafts
         logits = self._logits([sequences[i] for i in asked])  # [asked, heads, draft vocab]
-        for i, row in zip(asked, logits, strict=True):
-            depth = min(lengths[i], self._heads.config.heads)
-            if self.nodes:
-                drafts[i] = self._tree(row[:depth])
-            else:
-                drafts[i] = self._chain(sequences[i], row[:depth])
+        finite = logits.amax(-1).isfinite().cumprod(-1).sum(-1).tolist()  # heads before the first that is not
+        for i, row, heads in zip(asked, logits, finite, strict=True):
+            depth = min(lengths[i], heads)
+            if depth:
+                drafts[i] = self._tree(row[:depth]) if self.nodes else self._chain(sequences[i], row[:depth])
         return drafts
 
     @torch.inference_mode()

@@ -9,13 +9,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from decoding.api import generate
 from decoding.backends.local import LocalBackend
 from decoding.drafting import Draft
 from decoding.engine.sequence import Sequence
 from decoding.errors import InvalidRequest, ModelError
-from decoding.strategies.speculative import SpeculativeDecoder
+from decoding.strategies.autoregressive import AutoregressiveDecoder
+from decoding.strategies.speculative import Speculative, SpeculativeDecoder
 from decoding.types import SamplingParams
 from drafters import DraftModel
+from drafters.draft_model import guess_ahead
 from tests.greedy import greedy_reference, prompts, run
 from tests.test_drafters import _SMALL, accepted, chi_square, outcomes
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -52,6 +55,42 @@ def test_a_sampling_draft_model_that_is_the_target_is_always_accepted() -> None:
 
     assert wasted(model) == 0
     assert wasted(tiny_model("llama", seed=3)) > 0, "a draft model of other weights must be refused sometimes"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("length", [3, None])
+def test_a_draft_model_that_says_nan_leaves_plain_decoding(length: int | None, temperature: float) -> None:
+    draft = tiny_model("llama")
+    backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=4, capacity=96)
+    params = SamplingParams(max_new_tokens=12, temperature=temperature, seed=4, ignore_eos=True)
+    strategy = Speculative(drafter=DraftModel(draft), draft_length=length)
+    backend.decoder(strategy)  # a model that is broken from the start is refused here
+    draft.model.norm.weight.data.fill_(torch.nan)
+    answers = generate(prompts(3), backend, strategy=strategy, params=params)
+    assert [a.error for a in answers] == [None] * 3
+    assert [a.tokens for a in answers] == [a.tokens for a in generate(prompts(3), backend, params=params)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_draft_ends_before_the_level_that_is_not_finite(temperature: float) -> None:
+    model = tiny_model("llama")
+    backend = LocalBackend(model, tiny_tokenizer(), slots=4, capacity=96)
+    params = SamplingParams(temperature=temperature, seed=4)
+    sequences = [backend.engine.submit(p, params, AutoregressiveDecoder()) for p in prompts(3)]
+
+    def ahead(active: list[int], guesses: list[list[int]]) -> torch.Tensor:
+        logits = torch.zeros(len(active), 9)
+        for row, i in enumerate(active):
+            if len(guesses[row]) == i:
+                logits[row, 4] = torch.nan if i < 2 else torch.inf
+        return logits
+
+    drafts = guess_ahead(sequences, [4, 4, 4], ahead)
+    assert [len(draft.block) for draft in drafts] == [0, 1, 2]
+    if temperature:
+        assert [0 if d.probabilities is None else len(d.probabilities) for d in drafts] == [0, 1, 2]
+    else:
+        assert [len(draft.confidence or ()) for draft in drafts] == [0, 1, 2]
 
 
 def test_a_draft_model_with_another_vocabulary_is_refused() -> None:

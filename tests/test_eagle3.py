@@ -31,6 +31,7 @@ from drafters.heads import fitting
 from drafters.heads.checkpoint import read_head, write_head
 from drafters.heads.eagle import Eagle3Head, Rotation
 from drafters.heads.joined import JoinedLayer
+from drafters.heads.session import Session
 from tests.greedy import greedy_reference, run
 from tests.heads import SMALL, random_head, slow_draft
 from tests.test_drafters import KeepsTheFirstGuess, accepted, chi_square
@@ -84,6 +85,31 @@ def test_greedy_tokens_equal_plain_decoding(kind: str, together: bool, shape: st
     assert [s.new_tokens for s in results] == expected
     assert accepted(results) > 0, "no guess was ever accepted, so nothing was tested"
     assert any(s.reused for s in results), "no prefix was ever reused"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("levels", [0, 1])
+@pytest.mark.parametrize("shape", [CHAIN, TREE])
+def test_drafts_end_where_the_head_says_nan(
+    shape: str, levels: int, temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = small_backend()
+    write_head(random_head(backend.model), tmp_path)
+    for name in ("guess", "read")[: 2 - levels]:
+        said = getattr(Session, name)
+        monkeypatch.setattr(
+            Session,
+            name,
+            lambda *given, said=said: replace(level := said(*given), logits=torch.full_like(level.logits, torch.nan)),
+        )
+    params = SamplingParams(max_new_tokens=12, temperature=temperature, seed=2, ignore_eos=True)
+    plain = [s.tokens for s in decoding.generate(small_prompts(4), backend, params=params)]
+    for length in (3, None):
+        strategy = decoding.Speculative(drafter=recorded(tmp_path, backend, shape), draft_length=length)
+        answers = decoding.generate(small_prompts(4), backend, strategy=strategy, params=params)
+        assert [a.error for a in answers] == [None] * 4
+        assert max(step.drafted for a in answers for step in a.trace) <= levels * (3 if shape == TREE else 1)
+        assert [a.tokens for a in answers] == plain or (temperature and levels and shape == CHAIN)
 
 
 @pytest.mark.parametrize("shape", [CHAIN, TREE])

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from decoding import drafting
+from decoding import drafting, generate
 from decoding.backends.local import LocalBackend
 from decoding.errors import InvalidRequest, ModelError
 from decoding.models import LoadedModel
-from decoding.strategies.speculative import SpeculativeDecoder
+from decoding.strategies.speculative import Speculative, SpeculativeDecoder
 from decoding.types import SamplingParams
 from drafters.heads.eagle import default_layers
 from drafters.heads.medusa import MedusaConfig, MedusaHeads, read_medusa, write_medusa
@@ -79,6 +79,25 @@ def test_guesses_are_what_the_heads_say_of_the_last_hidden_state(temperature: fl
             compared += 1
         backend.engine.step()
     assert compared > 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("nodes", [0, 6], ids=["chain", "tree"])
+def test_heads_that_say_nan_are_left_out(
+    nodes: int, temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = small_backend()
+    write_medusa(random_heads(), tmp_path)
+    said = MedusaHeads.forward
+    only_first = torch.tensor([1.0, torch.nan, torch.nan])[:, None]
+    monkeypatch.setattr(MedusaHeads, "forward", lambda self, hidden: said(self, hidden) * only_first)
+    params = SamplingParams(max_new_tokens=12, temperature=temperature, seed=3, ignore_eos=True)
+    for length in (3, None):
+        strategy = Speculative(drafter=Medusa(str(tmp_path), nodes=nodes), draft_length=length)
+        answers = generate(small_prompts(4), backend, strategy=strategy, params=params)
+        assert [a.error for a in answers] == [None] * 4
+        assert max(step.drafted for a in answers for step in a.trace) <= (nodes or 1), "the second head says nothing"
+        assert [len(a.tokens) for a in answers] == [12] * 4
 
 
 def test_a_tree_holds_the_likeliest_branches(tmp_path: Path) -> None:

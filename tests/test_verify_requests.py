@@ -203,6 +203,21 @@ def test_distributions_of_the_wrong_shape_fail_their_own_request() -> None:
     assert [s.finish_reason for s in results] == ["length", "error", "length"]
 
 
+@pytest.mark.parametrize("verification", [name for name in VERIFICATIONS if name not in LOSSY])
+@pytest.mark.parametrize("parents", [None, [-1, 0]], ids=["chain", "tree"])
+def test_distributions_that_are_not_finite_fail_their_own_request(parents: list[int] | None, verification: str) -> None:
+    inputs = prompts(3, seed=1)
+    chances = torch.full((2 if parents is None else 3, VOCABULARY), 1 / VOCABULARY)
+    chances[1] = torch.nan
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True, temperature=1.0)
+    engine = Engine(Runner(tiny_model("llama"), slots=4, capacity=96))
+    decoder = SpeculativeDecoder(Bad(inputs[1], Draft(Block([1, 2], parents), chances)), 4, verification)
+    results = run(engine, [(p, decoder) for p in inputs], params)
+    assert [s.finish_reason for s in results] == ["length", "error", "length"]
+    assert "NaN or infinite" in str(results[1].error)
+    assert len(results[1].new_tokens) == 1, "its first draft was not what failed it"
+
+
 def test_draft_length_is_a_positive_integer_or_left_to_measurement() -> None:
     for bad in (0, -1, 2.5, True, "many"):
         with pytest.raises(InvalidRequest, match="draft_length"):

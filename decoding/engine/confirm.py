@@ -28,6 +28,7 @@ from decoding.engine.verify_tree import (
     verify_tree_sampled,
     verify_tree_topk,
 )
+from decoding.errors import ModelError
 
 # Streams of each request's random numbers. Both are keyed by the place in the answer of a step's first token, and
 # no step begins where another did; drafters key others by `sequence.draws`.
@@ -192,6 +193,10 @@ def _verify_sampled(
     for row, chance in enumerate(drafted):
         assert chance is not None
         q[row, : len(chance)] = chance
+    if not q.sum(-1).gather(1, parents + 1).isfinite().all():  # of the rows that guesses were drawn from
+        raise ModelError(
+            "the drafter gave probabilities that are NaN or infinite; it has to end its draft before such guesses."
+        )
     if chain and verification != "traversal":
         verify = verify_block if verification == "block" else verify_rejection
         return verify(tokens, target, q[:, :-1], u)

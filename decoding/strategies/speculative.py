@@ -124,7 +124,7 @@ class SpeculativeDecoder(Decoder):
     def commit(self, sequences: List[Sequence], output: Output) -> list[Commit]:
         # A sequence without guesses in the output (its prompt has just been read, or the engine had no
         # room for them) was not verified against its draft.
-        pairs = [self._drafts.pop(s.id, (Draft(), 0.0)) for s in sequences]
+        pairs = [self._drafts.get(s.id, (Draft(), 0.0)) for s in sequences]
         drafts = [draft if block else Draft() for (draft, _), block in zip(pairs, output.blocks, strict=True)]
         with self.width.timing() if isinstance(self.width, Width) else nullcontext():
             commits = confirm(output, [draft.probabilities for draft in drafts], self.verification)
