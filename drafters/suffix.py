@@ -43,7 +43,8 @@ class Suffix(Drafter):
     depth: longest match, in tokens. threshold: guesses go on while the estimated chance that all of them are
     right is at least this. factor: guesses per token of the match, at most. memory: tokens of ended answers
     that are kept, the oldest go first; 0 keeps none. path: a file (.npz, token ids) that the memory is read
-    from, if it exists, when a backend is attached, and written to when the drafter is let go or Python exits.
+    from, if it exists, when a backend is attached, and written to, with all answers since, when the drafter is let go
+    or Python exits.
     """
 
     depth: int = 24
@@ -56,7 +57,9 @@ class Suffix(Drafter):
     summary: ClassVar[str] = "what most often followed the text's end, in this text and in other answers"
 
     _texts: dict[int, _Text] = field(default_factory=dict, init=False, repr=False)
-    _answers: _Answers = field(init=False, repr=False)
+    _answers: _Answers = field(init=False, repr=False)  # that are searched
+    _loaded: _Answers = field(init=False, repr=False)
+    _ended: _Answers = field(init=False, repr=False)  # those that were loaded and all since, for the file
     _keeper: weakref.finalize[..., Suffix] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +73,7 @@ class Suffix(Drafter):
             raise InvalidRequest(f"suffix needs factor to be a positive number, not {self.factor!r}.")
         if self.path is not None and not isinstance(self.path, str):
             raise InvalidRequest(f"suffix needs path to be the name of a file, not {self.path!r}.")
-        self._answers = _Answers(self.memory)
+        self._answers, self._loaded, self._ended = (_Answers(self.memory) for _ in range(3))
 
     def attach(self, backend: LocalBackend) -> None:
         """Read the memory from `path`.
@@ -88,7 +91,7 @@ class Suffix(Drafter):
                 f"{path} holds token {self._answers.largest}, outside the model's vocabulary of {vocab}; "
                 "give suffix another path for every tokenizer."
             )
-        self._keeper = weakref.finalize(self, self._answers.save, path)
+        self._keeper = weakref.finalize(self, self._ended.save, path)
 
     def save(self, path: str | Path) -> None:
         """Write the memory. Raises RecordError if the file cannot be written."""
@@ -96,7 +99,9 @@ class Suffix(Drafter):
 
     def load(self, path: str | Path) -> None:
         """Add what `save` wrote to the memory. Raises RecordError if the file cannot be read."""
-        self._answers.load(Path(path))
+        for answer in _read(Path(path)):
+            for memory in (self._answers, self._loaded, self._ended):
+                memory.add(answer)
 
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:
         for sequence in sequences:
@@ -175,12 +180,13 @@ class Suffix(Drafter):
 
     def forget(self, sequence: Sequence) -> None:
         self._texts.pop(sequence.id, None)
-        self._answers.add(np.array(sequence.new_tokens, dtype=np.int32))
+        answer = np.array(sequence.new_tokens, dtype=np.int32)
+        for memory in (self._answers, self._ended):
+            memory.add(answer)
 
     def unlearn(self) -> None:
-        """Drop the ended answers, but for a memory that was asked for by its `path`."""
-        if self.path is None:
-            self._answers = _Answers(self.memory)
+        """Search only the answers that were loaded. What is written to `path` still holds those since."""
+        self._answers = self._loaded.copy()
 
 
 def _copy(text: np.ndarray, size: int, at: int, limit: int, matched: int, grows: bool) -> _Guess:
@@ -253,6 +259,12 @@ class _Answers:
         """The largest token id; -1 if there is none."""
         return int(self.tokens.max(initial=_BREAK))
 
+    def copy(self) -> _Answers:
+        """The same answers, to which others can be added."""
+        other = _Answers(self._limit)
+        other._kept, other._size = self._kept.copy(), self._size
+        return other
+
     def add(self, answer: np.ndarray) -> None:
         """Remember an answer [tokens]; of one that is too long, its end."""
         if not len(answer) or self._limit < 2:
@@ -275,18 +287,19 @@ class _Answers:
         except OSError as error:
             raise RecordError(f"cannot write the answers of the suffix drafter to {path}: {error}.") from error
 
-    def load(self, path: Path) -> None:
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                tokens = archive["tokens"]
-            if tokens.ndim != 1 or tokens.dtype != np.int32 or tokens.min(initial=0) < _BREAK:
-                raise ValueError("it does not hold token ids")
-        except Exception as error:  # a damaged archive fails in ways of its own in every layer below
-            raise RecordError(
-                f"{path} is no file that the suffix drafter wrote, or is damaged ({error}); delete it or name another."
-            ) from error
-        for answer in np.split(tokens, np.flatnonzero(tokens == _BREAK)):
-            self.add(answer[answer != _BREAK])
+
+def _read(path: Path) -> List[np.ndarray]:
+    """The answers that `_Answers.save` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            tokens = archive["tokens"]
+        if tokens.ndim != 1 or tokens.dtype != np.int32 or tokens.min(initial=0) < _BREAK:
+            raise ValueError("it does not hold token ids")
+    except Exception as error:  # a damaged archive fails in ways of its own in every layer below
+        raise RecordError(
+            f"{path} is no file that the suffix drafter wrote, or is damaged ({error}); delete it or name another."
+        ) from error
+    return [answer[answer != _BREAK] for answer in np.split(tokens, np.flatnonzero(tokens == _BREAK))]
 
 
 def _is_int(value: object) -> bool:

@@ -307,6 +307,26 @@ def test_a_path_is_read_when_attached_and_written_when_let_go(tmp_path: Path) ->
         Suffix(path=path).attach(backend)
 
 
+def test_unlearning_goes_back_to_the_answers_of_the_path_and_the_file_gains_all(tmp_path: Path) -> None:
+    backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=1, capacity=16)
+    path = str(tmp_path / "answers.npz")
+    before = Suffix()
+    remember(before, [1, 2, 3])
+    before.save(path)
+    drafter = Suffix(path=path)
+    drafter.attach(backend)
+    for _ in range(2):
+        remember(drafter, [4, 5, 6])
+        assert (guesses(drafter, [1], 1), guesses(drafter, [4], 1)) == ([2], [5])
+        drafter.unlearn()
+        assert (guesses(drafter, [1], 1), guesses(drafter, [4], 1)) == ([2], [])
+    del drafter
+    gc.collect()
+    after = Suffix()
+    after.load(path)
+    assert (guesses(after, [1], 1), guesses(after, [4], 1)) == ([2], [5])
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "text", "pickle", "other", "folder"])
 def test_a_damaged_file_is_a_clear_error(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "answers.npz"
