@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from decoding.errors import InvalidRequest, RecordError
 from decoding.models import LoadedModel
 from drafters.heads.checkpoint import read_head
 from drafters.heads.eagle import Eagle3Head
-from drafters.training import distill, eagle, fit
+from drafters.training import distill, eagle, fit, medusa
 from drafters.training.batches import Batch, epoch, load_batch
 from drafters.training.checkpoint import load_checkpoint, save_checkpoint, saved_state
 from drafters.training.corpus import Corpus
 from drafters.training.distill import Distillation, collect
 from drafters.training.eagle import HeadOptions
 from drafters.training.fit import Schedule, warm_cosine
+from drafters.training.medusa import MedusaOptions
 from drafters.training.unroll import Outcome, Unrolled, acceptance_lengths
 from tests.heads import slow_draft
 from tests.tiny import EOS, VOCABULARY, tiny_model, tiny_tokenizer
@@ -283,11 +285,25 @@ def test_what_a_killed_save_leaves_is_not_taken_for_a_checkpoint(
     assert saved_state(accelerator, tmp_path, dict) is None
 
 
-def test_a_run_of_another_schedule_is_not_resumed(target: LoadedModel, data: Path, tmp_path: Path) -> None:
-    once = Schedule(epochs=1, batch=16)
-    train(target, data, tmp_path, once)
+def test_a_run_of_other_options_is_not_resumed(target: LoadedModel, data: Path, tmp_path: Path) -> None:
+    once, options = Schedule(epochs=1, batch=16), HeadOptions(draft_vocab=100, layers=LAYERS)
+    eagle.train(target, options, once, data, tmp_path)
     with pytest.raises(RecordError, match=r"epochs=1, not 2"):
-        train(target, data, tmp_path, Schedule(epochs=2, batch=16))
+        eagle.train(target, options, Schedule(epochs=2, batch=16), data, tmp_path)
+    for other, cause in (
+        (replace(options, steps=7, decay=0.1), r"steps=3, not 7"),
+        (replace(options, layers=(1, 3)), r"layers=\[1, 2\], not \[1, 3\]"),
+        (replace(options, draft_vocab=120), r"draft_vocab=100, not 120"),
+        (replace(options, intermediate=48), r"intermediate=0, not 48"),
+    ):
+        with pytest.raises(RecordError, match=cause):
+            eagle.train(target, other, once, data, tmp_path)
+    with pytest.raises(RecordError, match=r"kind='eagle3', not 'medusa'"):
+        medusa.train(target, MedusaOptions(draft_vocab=100), once, data, tmp_path)
+    with pytest.raises(RecordError, match=r"target='tiny', not 'other'"):
+        eagle.train(replace(target, name="other"), options, once, data, tmp_path)
+    again = eagle.train(target, options, once, data, tmp_path)
+    assert again.steps == again.total, "with the same options it goes on"
     with pytest.raises(InvalidRequest, match="warmup"):
         Schedule(warmup=-3)
     card = (tmp_path / "head" / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,6 +62,7 @@ def train(
     """Train a head on the answers in `data` and leave the best in `folder`/head."""
     model = target.model
     layers = options.layers or default_layers(model.config.get_text_config().num_hidden_layers)
+    options = replace(options, layers=layers)
     corpus, held_out = Corpus(data, layers), Corpus(data, layers, held_out=True)
     held_out.prepare(model)
     corpus.prepare(model)
@@ -75,7 +76,9 @@ def train(
         write_head(module.head, folder / "head", verifier=verifier)
         write_card(folder / "head", "EAGLE-3 head", target.name, corpus, schedule, run, options)
 
-    return fit.fit(module, corpus, held_out, schedule, folder, export)
+    return fit.fit(
+        module, corpus, held_out, schedule, folder, export, kind="eagle3", target=target.name, options=options
+    )
 
 
 def new_head(

@@ -98,9 +98,21 @@ Export = Callable[[nn.Module, Run], None]
 """Writes the head inside the trained module, which is the best so far, for use."""
 
 
-def fit(module: nn.Module, corpus: Corpus, held_out: Corpus, schedule: Schedule, folder: Path, export: Export) -> Run:
+def fit(
+    module: nn.Module,
+    corpus: Corpus,
+    held_out: Corpus,
+    schedule: Schedule,
+    folder: Path,
+    export: Export,
+    *,
+    kind: str,
+    target: str,
+    options: Any,
+) -> Run:
     """Train, or go on where a run of the same options in `folder` was interrupted.
 
+    kind, target, options: of the head: what drafts with it, the model that it is for, and a dataclass.
     Raises RecordError if the folder holds a run of other options.
     """
     accelerator = Accelerator(mixed_precision=schedule.mixed_precision)
@@ -118,7 +130,8 @@ def fit(module: nn.Module, corpus: Corpus, held_out: Corpus, schedule: Schedule,
     module, optimizer = accelerator.prepare(module, optimizer)
     accelerator.register_for_checkpointing(scheduler)
     folder.mkdir(parents=True, exist_ok=True)
-    _same_schedule(schedule, len(documents), folder / "schedule.json")
+    about = {"kind": kind, "target": target, **asdict(options), **asdict(schedule), "documents": len(documents)}
+    _same_options(about, folder / "schedule.json")
     if saved := saved_state(accelerator, folder, _run):
         load_checkpoint(accelerator, folder)
         run = saved
@@ -198,8 +211,8 @@ def _run(values: dict[str, Any]) -> Run:
     return Run(**{**values, "validations": [Validation(**each) for each in values["validations"]]})
 
 
-def _same_schedule(schedule: Schedule, documents: int, file: Path) -> None:
-    here = {**asdict(schedule), "documents": documents}
+def _same_options(options: dict[str, Any], file: Path) -> None:
+    here = json.loads(json.dumps(options))  # tuples are lists there
     if file.exists() and (there := json.loads(file.read_text(encoding="utf-8"))) != here:
         changed = next(name for name in here if here[name] != there.get(name))
         raise RecordError(

@@ -102,7 +102,10 @@ def train(target: LoadedModel, options: MedusaOptions, schedule: Schedule, data:
         write_medusa(module.heads, folder / "head")
         write_card(folder / "head", "Medusa heads", target.name, corpus, schedule, run, options)
 
-    return fit.fit(MedusaLoss(heads, output, options.decay), corpus, held_out, schedule, folder, export)
+    module = MedusaLoss(heads, output, options.decay)
+    return fit.fit(
+        module, corpus, held_out, schedule, folder, export, kind="medusa", target=target.name, options=options
+    )
 
 
 def new_heads(target: LoadedModel, corpus: Corpus, options: MedusaOptions) -> MedusaHeads:
