@@ -42,10 +42,11 @@ from decoding.report import BASELINE, AnswerRecord, Run, environment, read_run
 from decoding.report.measures import first_difference
 from decoding.report.statistics import Interval, bootstrap, ratio_of_rates
 from decoding.strategies import Speculative, Strategy
+from decoding.strategies.base import REGISTRY
 from decoding.trace import Metrics
 from decoding.types import Message
 from experiments.peers.__main__ import Peer
-from experiments.spec_bench_answers import accept_lengths, by_turn, slug, write_answers
+from experiments.spec_bench_answers import accept_lengths, by_turn, slug, turn_metrics, write_answers
 
 MT_BENCH = frozenset({"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"})
 """Categories that Spec-Bench counts as one task, multi-turn conversation."""
@@ -183,8 +184,12 @@ def fastest(names: Sequence[str], run: Run) -> str | None:
 
 def strategy(text: str) -> Strategy:
     """A drafter's name, or a strategy's."""
-    name = text.partition("(")[0].strip()
-    return Speculative(drafter=text) if name in decoding.drafting.names() else decoding.resolve(text)
+    name, drafters = text.partition("(")[0].strip(), decoding.drafting.names()
+    if name in drafters:
+        return Speculative(drafter=text)
+    if name not in REGISTRY:
+        raise decoding.UnknownName("drafter or strategy", name, [*drafters, *REGISTRY])
+    return decoding.resolve(text)
 
 
 def task(category: str) -> str:
@@ -254,7 +259,7 @@ def _row(pairs: Sequence[tuple[AnswerRecord, AnswerRecord]]) -> Row:
 
 def _behind_prompts(record: AnswerRecord) -> tuple[float, int]:
     """Seconds and tokens behind the first token of every turn."""
-    turns = [part.metrics for part in record.parts.values()] or [record.metrics]
+    turns = turn_metrics(record)
     seconds = sum(turn.seconds - turn.first_token_seconds for turn in turns)
     return seconds, sum(max(0, turn.new_tokens - 1) for turn in turns)
 

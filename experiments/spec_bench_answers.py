@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from decoding.report import AnswerRecord, Run
+from decoding.trace import Metrics
 
 
 def write_answers(run: Run, name: str, path: Path) -> None:
@@ -58,9 +59,16 @@ def _choice(index: int, record: AnswerRecord) -> dict[str, object]:
 
 def by_turn(record: AnswerRecord) -> Iterable[tuple[int, int, float]]:
     """(decoding passes, new tokens, seconds) of every turn."""
-    each = [part.metrics for part in record.parts.values()] or [record.metrics]
-    for metrics in each:
+    for metrics in turn_metrics(record):
         yield metrics.forwards, metrics.new_tokens, metrics.seconds
+
+
+def turn_metrics(record: AnswerRecord) -> list[Metrics]:
+    """Those of every turn; of the whole answer where turns are themselves made of parts, whose times overlap."""
+    turns = [f"turn {number}" for number in range(1, len(record.turns) + 1)]
+    if len(turns) > 1 and set(turns) == set(record.parts):
+        return [record.parts[turn].metrics for turn in turns]
+    return [record.metrics]
 
 
 def accept_lengths(record: AnswerRecord) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -156,14 +157,31 @@ def test_repeats_are_means_of_a_question_and_no_further_questions() -> None:
 def test_decoding_counts_every_turn_from_its_first_token_on() -> None:
     def record(strategy: str, seconds: float) -> AnswerRecord:
         turns = [Metrics(seconds=at + seconds, first_token_seconds=at, new_tokens=11) for at in (4.0, 2.0)]
-        parts = {f"turn {i}": PartRecord("", [], turn) for i, turn in enumerate(turns)}
+        parts = {f"turn {i}": PartRecord("", [], turn) for i, turn in enumerate(turns, start=1)}
         whole = Metrics(seconds=6.0 + 2 * seconds, first_token_seconds=4.0, new_tokens=22)
-        return AnswerRecord(1, "qa", "", strategy, 0, "", [1], "length", whole, parts=parts)
+        return AnswerRecord(1, "qa", "", strategy, 0, "", [1], "length", whole, parts=parts, turns=["a", "b"])
 
     records = (record("autoregressive", 5.0), record("s", 2.0))
     row = spec_bench.rows(Run(RunHeader.create({}, environment(), []), records), "s")["overall"]
     assert row.speedup.estimate == pytest.approx(16 / 10)
     assert row.decoding.estimate == pytest.approx(5 / 2) == spec_bench.as_json(row)["decoding"]
+
+
+def test_parts_of_an_answer_are_no_turns() -> None:
+    """Points are written at once: their seconds do not add up to the answer's."""
+    point = PartRecord("", [], Metrics(seconds=4.0, first_token_seconds=1.0, new_tokens=9, forwards=9))
+    whole = Metrics(seconds=6.0, first_token_seconds=1.0, new_tokens=21, forwards=12)
+    parts = {"outline": point, "point 1": point, "point 2": point}
+    once = AnswerRecord(1, "qa", "", "skeleton", 0, "", [1], "length", whole, parts=parts, turns=["a"])
+    assert spec_bench._behind_prompts(once) == (5.0, 20)
+    assert list(spec_bench_answers.by_turn(once)) == [(12, 21, 6.0)]
+    parts = {f"turn {number}, {label}": part for number in (1, 2) for label, part in parts.items()}
+    assert spec_bench._behind_prompts(replace(once, parts=parts, turns=["a", "b"])) == (5.0, 20)
+
+
+def test_a_name_that_is_no_drafter_is_told_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(decoding.UnknownName, match="unknown drafter or strategy 'nosuch'.*lookahead.*prompt-lookup"):
+        call(monkeypatch, spec_bench, "--drafters", "nosuch", "--output", str(tmp_path))
 
 
 def test_the_law_of_acceptance() -> None:
