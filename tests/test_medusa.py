@@ -126,6 +126,11 @@ def test_heads_for_another_model_and_damaged_ones_are_refused(tmp_path: Path) ->
     write_medusa(random_heads(layers=5), tmp_path)
     with pytest.raises(ModelError, match="5 layers"):
         Medusa(str(tmp_path)).attach(small_backend())
+    stray = random_heads()
+    stray.tokens[3] = 12
+    write_medusa(stray, tmp_path)
+    with pytest.raises(ModelError, match="outside their vocabulary"):
+        Medusa(str(tmp_path)).attach(small_backend())
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match="damaged or cut short"):

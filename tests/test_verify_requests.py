@@ -193,14 +193,29 @@ def test_a_draft_larger_than_the_cache_is_not_verified(draft: Block) -> None:
     assert sum(step.drafted for step in results[1].trace) == 0
 
 
-def test_distributions_of_the_wrong_shape_fail_their_own_request() -> None:
+@pytest.mark.parametrize(
+    ("parents", "shape"),
+    [
+        (None, (2, 3)),
+        (None, (2, 1)),
+        (None, (1, VOCABULARY)),
+        (None, (3, VOCABULARY)),
+        ([-1, 0], (2, VOCABULARY)),
+        ([-1, 0], (4, VOCABULARY)),
+    ],
+)
+def test_distributions_of_the_wrong_shape_fail_their_own_request(
+    parents: list[int] | None, shape: tuple[int, int]
+) -> None:
     model = tiny_model("llama")
     engine = Engine(Runner(model, slots=4, capacity=96))
     inputs = prompts(3, seed=1)
     params = SamplingParams(max_new_tokens=6, ignore_eos=True, temperature=1.0)
-    bad = Draft(Block([1, 2]), probabilities=torch.ones(2, 3) / 3)
+    bad = Draft(Block([1, 2], parents), probabilities=torch.ones(shape) / shape[1])
     results = run(engine, [(p, SpeculativeDecoder(Bad(inputs[1], bad), 4)) for p in inputs], params)
     assert [s.finish_reason for s in results] == ["length", "error", "length"]
+    assert f"give ({2 if parents is None else 3}, {VOCABULARY})" in str(results[1].error)
+    assert len(results[1].new_tokens) == 1, "its first draft was not what failed it"
 
 
 @pytest.mark.parametrize("verification", [name for name in VERIFICATIONS if name not in LOSSY])

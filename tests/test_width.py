@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block
 from decoding.engine.calibration import Calibration
 from decoding.engine.engine import Engine
+from decoding.engine.pace import Pace
 from decoding.engine.runner import Runner
 from decoding.engine.sequence import Sequence
 from decoding.engine.verify import verify_block, verify_rejection
@@ -248,6 +250,33 @@ def test_trials_of_a_drafter_of_stated_cost_take_a_hundredth_of_the_time() -> No
         width.trim([sequence], [Draft(Block([5] * length))])
         width.learn(sequence, [4])
     assert 4 < spent <= 0.01 * 2000 + 4, "the first trial is made at once"
+
+
+def test_trials_go_on_of_a_drafter_that_cannot_guess_so_far() -> None:
+    """One Medusa head: more levels than one have no finite cost."""
+
+    class Short(Oracle):
+        def cost(self, levels: int, sequences: int, context: float) -> float:
+            return 2.0 if levels == 1 else math.inf
+
+    clock, drafter, sequence, asked = Clock(), Short({}), one_sequence(), []
+    width = Width(Table(1.0, 0.0), clock=clock)
+    for _ in range(3000):
+        (length,) = width.lengths(drafter, [sequence])
+        with width.drafting():
+            clock.now += 2.0 * length
+        width.trim([sequence], [Draft(Block([5] * length))])
+        width.learn(sequence, [4])
+        asked.append(length)
+    assert max(asked) == 1
+    assert 10 < sum(asked[100:]) <= 15, "a hundredth of the time goes into trials of 2 s"
+
+
+def test_an_infinite_prediction_is_held_against_nothing() -> None:
+    pace = Pace()
+    for _ in range(9):
+        pace.saw(0.1, math.inf)
+    assert pace.factor == 1.0
 
 
 def test_a_clock_that_jumps_changes_no_answer() -> None:

@@ -190,8 +190,15 @@ def _verify_sampled(
     if drafted is None:
         return verify_rejection(tokens, target, None, u) if chain else verify_tree_topk(tokens, parents, target, u)
     q = torch.zeros_like(target)
-    for row, chance in enumerate(drafted):
+    for row, (i, chance) in enumerate(zip(picks, drafted, strict=True)):
         assert chance is not None
+        block = output.blocks[i]
+        shape = (len(block) + (block.parents is not None), q.shape[-1])
+        if tuple(chance.shape) != shape:
+            raise ValueError(
+                f"the drafter gave probabilities of shape {tuple(chance.shape)} for a "
+                f"{'chain' if block.parents is None else 'tree'} of {len(block)} guesses; give {shape}."
+            )
         q[row, : len(chance)] = chance
     if not q.sum(-1).gather(1, parents + 1).isfinite().all():  # of the rows that guesses were drawn from
         raise ModelError(

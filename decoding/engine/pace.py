@@ -7,6 +7,7 @@ for plain and for wider steps apart, and later predictions follow.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,8 @@ class Pace:
         self._seen: deque[float] = deque(maxlen=_RECENT)
 
     def saw(self, seconds: float, predicted: float) -> None:
-        """It took so long, and should have taken `predicted`."""
-        if predicted > 0:
+        """It took so long, and should have taken `predicted`; 0 and infinity are no predictions."""
+        if 0 < predicted < math.inf:
             self._seen.append(seconds / predicted)
             if len(self._seen) >= _LEAST:
                 self.factor = sorted(self._seen)[len(self._seen) // 2]

@@ -230,10 +230,13 @@ class Width:
         chosen, _ = lengths(survival, latency, self._drafts, context, sure=sure, spent=spent)
         resting = [i for i, length in enumerate(chosen) if not length and rooms[i]]
         if resting:
-            more = float(latency.cost(count + beside + _TRIAL_LENGTH * len(resting), count, context)) - step
-            if self._trial(self._drafts.cost(_TRIAL_LENGTH, len(resting), context) + more, step):
+            trial = _TRIAL_LENGTH
+            while trial > 1 and self._drafts.cost(trial, len(resting), context) == np.inf:
+                trial -= 1  # the drafter cannot guess so far
+            more = float(latency.cost(count + beside + trial * len(resting), count, context)) - step
+            if self._trial(self._drafts.cost(trial, len(resting), context) + more, step):
                 for i in resting:
-                    chosen[i] = min(_TRIAL_LENGTH, rooms[i])
+                    chosen[i] = min(trial, rooms[i])
         if asked := [length for length in chosen if length]:
             self._predicted = self._drafts.cost(max(asked), len(asked), context) / self._drafts.factor
         return chosen

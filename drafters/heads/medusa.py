@@ -78,6 +78,8 @@ def read_medusa(folder: str | Path) -> MedusaHeads:
     try:
         heads = MedusaHeads(MedusaConfig(**values))
         heads.load_state_dict(weights)
+        if not 0 <= int(heads.tokens.min()) <= int(heads.tokens.max()) < heads.config.vocab_size:
+            raise ModelError(f"the Medusa heads in {folder} guess tokens outside their vocabulary; fetch them again.")
     except (TypeError, RuntimeError) as error:
         raise ModelError(f"the Medusa heads in {folder} do not fit their configuration: {error}") from error
     return heads.requires_grad_(False).eval()
