@@ -7,12 +7,13 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from decoding import cli_commands
 from decoding.cli_options import model_options, sampling_options, schedule_options
+from decoding.errors import DecodingError
 from decoding.options import DEFAULT_STRATEGIES
 
 
@@ -28,13 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     options = command_line(arguments).parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
-    from decoding.errors import DecodingError
+    return exit_code(lambda: options.run(options), f"decoding {options.command}")
 
+
+def exit_code(run: Callable[[], int | None], name: str = "") -> int:
+    """What `run` returns, 0 for nothing, or 2 after one sentence on standard error that says what is wrong.
+
+    name: of what is run, for that sentence; the script's if left out.
+    """
     try:
-        result: int = options.run(options)
-        return result
+        return run() or 0
     except DecodingError as error:
-        print(f"decoding {options.command}: error: {error}", file=sys.stderr)
+        print(f"{name or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone; there is nobody to tell

@@ -19,6 +19,7 @@ from html import escape
 from pathlib import Path
 
 import decoding
+from decoding.cli import exit_code
 from decoding.questions import load_questions
 from decoding.report.statistics import bootstrap, ratio_of_sums
 from decoding.trace import Step
@@ -66,19 +67,13 @@ def counts(trace: Iterable[Step], length: int) -> Counts:
 
 def point(traces: Sequence[Iterable[Step]], length: int) -> Point:
     """What the passes of some answers that drafted `length` tokens say."""
-    answers = [
-        [step for step in trace if not step.prefill and step.drafted == length and step.committed] for trace in traces
-    ]
-    passes = [step for answer in answers for step in answer]
-    right = sum(step.accepted for step in passes)
-    reached = sum(min(step.accepted + 1, length) for step in passes)
+    found = [each for trace in traces if (each := counts(trace, length)).passes]
+    passes, right, reached = (sum(getattr(each, name) for each in found) for name in ("passes", "right", "reached"))
     alpha = right / reached if reached else 0.0
-    some = [answer for answer in answers if answer]
-    gained = [sum(step.accepted + 1 for step in answer) for answer in some]
-    mean = bootstrap(ratio_of_sums, gained, [len(answer) for answer in some])
+    mean = bootstrap(ratio_of_sums, [each.gained for each in found], [each.passes for each in found])
     return Point(
         length,
-        len(passes),
+        passes,
         alpha,
         mean.estimate if passes else 0.0,
         law(alpha, length),
@@ -125,7 +120,10 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figures = {"drafter": options.drafter, "model": lm.name, "points": [asdict(each) for each in points]}
     options.output.with_suffix(".json").write_text(json.dumps(figures, indent=1))
-    plot([each for each in points if each.passes], options.drafter, options.output)
+    if drawn := [each for each in points if each.passes]:
+        plot(drawn, options.drafter, options.output)
+    else:
+        print(f"no plot is written: {options.drafter} drafted none of these lengths; give shorter ones")
 
 
 def plot(points: Sequence[Point], drafter: str, path: Path) -> None:
@@ -181,4 +179,4 @@ def plot(points: Sequence[Point], drafter: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -19,6 +19,7 @@ import torch
 
 import decoding
 from decoding.backends.local import LocalBackend
+from decoding.cli import exit_code
 from decoding.engine.block import Block
 from decoding.engine.packing import Row
 from decoding.questions import load_questions
@@ -130,4 +131,4 @@ def steps(lm: LocalBackend, widths: list[int], rounds: int) -> list[dict[str, fl
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

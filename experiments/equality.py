@@ -28,6 +28,7 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 import decoding
+from decoding.cli import exit_code
 from decoding.errors import RecordError
 from decoding.questions import load_questions
 from experiments.claims import RESULTS, Finding, conclude
@@ -242,4 +243,4 @@ def report(record: Record, parts: list[Part], lm: decoding.LocalBackend, options
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code(main))

@@ -14,6 +14,7 @@ import argparse
 import torch
 
 import decoding
+from decoding.cli import exit_code
 
 STRATEGIES = ["autoregressive", "speculative(draft_length=6)", "jacobi"]
 
@@ -66,4 +67,4 @@ def reference(lm: decoding.LocalBackend, prompt: list[int], new_tokens: int) -> 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code(main))

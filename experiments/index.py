@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+from decoding.cli import exit_code
 from decoding.errors import RecordError
 from decoding.report.fields import get
 
@@ -64,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 import decoding
 from decoding.backends.local import LocalBackend
+from decoding.cli import exit_code
 from decoding.questions import load_questions
 from decoding.strategies.adapter import CARD, adapted, load_adapter
 from decoding.strategies.jacobi import JacobiDecoder
@@ -181,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -21,6 +21,7 @@ from pathlib import Path
 # Imported before the process forks: every child would do it otherwise. Nothing is computed here, so that no child
 # inherits a thread pool without its threads.
 from decoding import comparison, progress  # noqa: F401
+from decoding.cli import exit_code
 from decoding.cli import main as command
 from decoding.errors import RecordError
 from decoding.report import read_run
@@ -130,4 +131,4 @@ def finish(child: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(exit_code(main))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
@@ -27,6 +26,7 @@ from rich.console import Console
 
 from decoding.api import load, run
 from decoding.backends.base import Backend
+from decoding.cli import exit_code
 from decoding.comparison import Comparison, answer_turns, execute
 from decoding.options import Schedule
 from decoding.progress import Live
@@ -94,4 +94,4 @@ def recorded(comparison: Comparison, lm: Backend) -> tuple[list[float], float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(exit_code(main))

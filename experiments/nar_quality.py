@@ -21,6 +21,7 @@ from pathlib import Path
 
 import decoding
 from decoding.backends.local import LocalBackend
+from decoding.cli import exit_code
 from decoding.report import environment
 from decoding.report.curves import Curve, chart
 from decoding.types import Generation
@@ -244,4 +245,4 @@ def picture(settings: Sequence[Setting]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import ClassVar
 
 import decoding
+from decoding.cli import exit_code
 from decoding.engine.block import Commit
 from decoding.engine.decoder import Decoder
 from decoding.engine.output import Output
@@ -107,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -13,6 +13,7 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
+from decoding.cli import exit_code
 from experiments.served import Asked, compared, environment, free_port, model_folder, served
 
 # torch first: its version decides which build is installed.
@@ -40,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

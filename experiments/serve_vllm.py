@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 
+from decoding.cli import exit_code
 from decoding.errors import ModelError
 from decoding.report import AnswerRecord, read_run
 from experiments.served import Asked, compared, environment, free_port, model_folder, served
@@ -152,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(exit_code(main))

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import decoding
+from decoding.cli import exit_code
 from decoding.cli_evaluate import print_account
 from decoding.options import LoadOptions, Schedule
 from decoding.questions import Question, load_questions
@@ -130,4 +131,4 @@ def _median(values: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

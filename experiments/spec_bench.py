@@ -35,6 +35,7 @@ from rich.table import Table
 
 import decoding
 from decoding.backends.local import LocalBackend
+from decoding.cli import exit_code
 from decoding.comparison import Comparison, execute
 from decoding.options import Schedule
 from decoding.questions import Question, load_questions
@@ -299,4 +300,4 @@ def equality(run: Run, name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -30,7 +30,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from decoding.backends.local import LocalBackend
-from decoding.errors import DecodingError, InvalidRequest, RecordError
+from decoding.cli import exit_code
+from decoding.errors import InvalidRequest, RecordError
 from decoding.models import LoadedModel, load_model
 from decoding.strategies.adapter import CARD, CONFIG, WEIGHTS, fingerprint
 from drafters.training import distill
@@ -296,10 +297,7 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, help="folder of drafters.training.distill (OUTPUT/answers)")
     parser.add_argument("--output", type=Path, default=Path("runs/jacobi"))
     arguments = parser.parse_args()
-    try:
-        run = _collect_and_train(arguments)
-    except DecodingError as error:
-        parser.exit(2, f"error: {error}\n")
+    run = _collect_and_train(arguments)
     print(f"best: {run.best}\nadapter: {arguments.output / 'adapter'}")
 
 
@@ -338,4 +336,4 @@ def _collect_and_train(arguments: argparse.Namespace) -> Run:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

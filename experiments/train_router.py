@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 import decoding
+from decoding.cli import exit_code
 from decoding.errors import InvalidRequest
 from decoding.questions import Question
 from decoding.strategies.router import Classifier, Router, as_router
@@ -224,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from decoding.checkpoint import quiet_transformers
+from decoding.cli import exit_code
 from decoding.errors import RecordError
 from drafters.training.checkpoint import load_checkpoint, save_checkpoint, saved_state
 from experiments.tasks import BOS, EOS, LENGTH, LONGEST_ANSWER, MASK, PAD, encode, examples, tokenizer
@@ -293,4 +294,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

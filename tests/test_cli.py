@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -284,6 +285,31 @@ def test_a_character_that_the_terminal_lacks_costs_no_answer(model: str, tmp_pat
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "autoregressive" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "says"),
+    [
+        ("experiments.spec_bench", ["--drafters", "nosuch", "--output", "runs/none"], "unknown drafter or strategy"),
+        ("drafters.training.eagle", ["--draft-vocab", "0"], "draft_vocab and steps must be at least 1"),
+        ("drafters.training.medusa", ["--heads", "0"], "heads and draft_vocab must be at least 1"),
+        ("drafters.training.measure", ["eagle3", "--head", "nowhere", "--limit", "1"], "holds no trained head"),
+    ],
+)
+def test_scripts_say_what_is_wrong_as_commands_do(
+    module: str,
+    arguments: list[str],
+    says: str,
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "--model", model, *arguments])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and says in error and "Traceback" not in error
 
 
 def test_a_malformed_question_file_is_named_with_its_line(

@@ -180,7 +180,7 @@ def test_parts_of_an_answer_are_no_turns() -> None:
 
 
 def test_a_name_that_is_no_drafter_is_told_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(decoding.UnknownName, match="unknown drafter or strategy 'nosuch'.*lookahead.*prompt-lookup"):
+    with pytest.raises(decoding.UnknownName, match=r"unknown drafter or strategy 'nosuch'.*lookahead.*prompt-lookup"):
         call(monkeypatch, spec_bench, "--drafters", "nosuch", "--output", str(tmp_path))
 
 
@@ -201,3 +201,14 @@ def test_the_law_is_plotted_beside_what_was_measured(tmp_path: Path, monkeypatch
     call(monkeypatch, acceptance_theory, *arguments, "--drafter", "prompt-lookup", "--output", str(output))
     figures = json.loads(output.with_suffix(".json").read_text())
     assert [point["length"] for point in figures["points"]] == [1, 2] and "<svg" in output.read_text()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_lengths_that_were_never_drafted_leave_no_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, output = tmp_path / "questions.txt", tmp_path / "law.svg"
+    file.write_text("abababab\n")
+    arguments = (str(file), "--max-new-tokens", "4", "--lengths", "30", "--output", str(output))
+    call(monkeypatch, acceptance_theory, *arguments)
+    assert "no plot is written" in capsys.readouterr().out and not output.exists()

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 import decoding
 from decoding.backends.local import LocalBackend
+from decoding.cli import exit_code
 from decoding.errors import InvalidRequest, RecordError
 from decoding.questions import load_questions
 from decoding.types import Prompt, SamplingParams
@@ -189,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

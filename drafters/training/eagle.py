@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
+from decoding.cli import exit_code
 from decoding.engine.runner import embeddings
 from decoding.errors import InvalidRequest
 from decoding.models import LoadedModel, load_model
@@ -184,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -15,6 +15,7 @@ from rich.progress import track
 
 import decoding
 from decoding.backends.local import LocalBackend
+from decoding.cli import exit_code
 from decoding.drafting import Drafter
 from decoding.questions import load_questions
 from decoding.trace import speculation
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

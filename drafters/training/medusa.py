@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decoding.cli import exit_code
 from decoding.errors import InvalidRequest
 from decoding.models import LoadedModel, load_model
 from drafters.heads.eagle import default_layers
@@ -143,11 +144,11 @@ def main() -> None:
     parser.add_argument("--draft-vocab", type=int, default=default.draft_vocab)
     parser.add_argument("--decay", type=float, default=default.decay)
     arguments = parser.parse_args()
-    distill.collect(distill.parse(arguments), arguments.data)
     options = MedusaOptions(arguments.heads, arguments.draft_vocab, arguments.decay)
+    distill.collect(distill.parse(arguments), arguments.data)
     run = train(load_model(arguments.model), options, fit.parse(arguments), arguments.data, arguments.output)
     print(json.dumps({"head": str(arguments.output / "head"), "acceptance_length": run.best, "steps": run.steps}))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

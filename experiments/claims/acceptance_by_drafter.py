@@ -10,6 +10,7 @@ from dataclasses import asdict
 from statistics import fmean
 
 import decoding
+from decoding.cli import exit_code
 from decoding.report import Json
 from decoding.report.statistics import Interval
 from experiments.claims import Finding, above, arguments, conclude, gap, sample, words
@@ -57,4 +58,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

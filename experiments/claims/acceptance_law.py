@@ -14,6 +14,7 @@ from dataclasses import asdict
 import numpy as np
 
 import decoding
+from decoding.cli import exit_code
 from decoding.report import Json
 from decoding.report.statistics import Array, Interval, Statistic, bootstrap, ratio_of_sums
 from experiments.acceptance_theory import counts
@@ -86,4 +87,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -11,6 +11,7 @@ from dataclasses import asdict
 import numpy as np
 
 import decoding
+from decoding.cli import exit_code
 from decoding.options import Schedule
 from decoding.report.statistics import bootstrap, ratio_of_rates
 from experiments.claims import Finding, above, arguments, conclude, sample, words
@@ -63,4 +64,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import decoding
+from decoding.cli import exit_code
 from decoding.report import BASELINE, Json
 from decoding.report.measures import difference
 from decoding.report.statistics import Interval, bootstrap, ratio_of_sums
@@ -51,4 +52,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from statistics import median
 
 import decoding
+from decoding.cli import exit_code
 from decoding.report import Json
 from experiments.claims import Finding, arguments, conclude, sample
 
@@ -48,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 import decoding
 from decoding.backends.local import LocalBackend
+from decoding.cli import exit_code
 from decoding.engine.block import Block
 from decoding.engine.packing import Row
 from decoding.report import Json
@@ -81,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -11,6 +11,7 @@ from dataclasses import asdict
 import numpy as np
 
 import decoding
+from decoding.cli import exit_code
 from decoding.report import BASELINE, Json, summarize
 from decoding.report.statistics import Interval, bootstrap, ratio_of_sums
 from decoding.report.summary import per_question_seconds
@@ -56,4 +57,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

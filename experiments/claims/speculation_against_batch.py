@@ -11,6 +11,7 @@ from statistics import median
 
 import decoding
 from decoding.backends.local import LocalBackend
+from decoding.cli import exit_code
 from decoding.report import BASELINE, Json
 from decoding.trace import Step
 from experiments.claims import Finding, Verdict, arguments, conclude, crossing, sample
@@ -70,4 +71,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -17,6 +17,7 @@ import torch
 
 import decoding
 from decoding.backends.local import LocalBackend
+from decoding.cli import exit_code
 from decoding.engine.block import Block
 from decoding.engine.packing import Row
 from decoding.report.statistics import Interval, bootstrap, geometric_mean_ratio, mean
@@ -122,4 +123,4 @@ def common(first: List[int], second: List[int]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

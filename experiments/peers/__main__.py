@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from decoding.cli import exit_code
 from decoding.models import aliases, load_model
 from decoding.questions import load_questions
 from decoding.report.curves import Curve, chart
@@ -239,4 +240,4 @@ def _report(peers: list[Peer], streams: list[int], console: Console, output: Pat
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))
