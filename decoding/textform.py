@@ -40,6 +40,11 @@ def build(cls: type[Any], name: str, options: dict[str, Any]) -> Any:
         raise InvalidRequest(f"{name}: {error}") from error
 
 
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether an option's value is an integer of at least `least`; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     """Split `name(key=value, …)`. Values become numbers, booleans, None or text; nested calls stay text."""
     match = re.fullmatch(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", text, flags=re.DOTALL)

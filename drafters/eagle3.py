@@ -19,6 +19,7 @@ from decoding.engine.block import Block
 from decoding.engine.sampling import SamplingColumns, draw, probabilities, uniforms
 from decoding.engine.width import MOST_LEVELS
 from decoding.errors import InvalidRequest
+from decoding.textform import is_count
 from drafters.heads.checkpoint import read_head
 from drafters.heads.fitting import Sizes, require_fit, shipped_head
 from drafters.heads.session import Level, Session
@@ -56,9 +57,9 @@ class Eagle3(Drafter):
     _timed: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.nodes, int) or self.nodes < 0:
+        if not is_count(self.nodes, 0):
             raise InvalidRequest(f"eagle3 needs nodes to be an integer of at least 0, not {self.nodes!r}.")
-        if not isinstance(self.top_k, int) or self.top_k < 1:
+        if not is_count(self.top_k):
             raise InvalidRequest(f"eagle3 needs top_k to be an integer of at least 1, not {self.top_k!r}.")
 
     def attach(self, backend: LocalBackend) -> None:

@@ -17,6 +17,7 @@ from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block
 from decoding.engine.packing import Row
 from decoding.errors import InvalidRequest
+from decoding.textform import is_count
 from drafters.draft_model import guess_ahead, top_probability
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class LayerSkip(SelfSpeculation):
     _share: float = field(default=1.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.layers is not None and (not isinstance(self.layers, int) or self.layers < 1):
+        if self.layers is not None and not is_count(self.layers):
             raise InvalidRequest(f"layer-skip needs layers to be an integer of at least 1, not {self.layers!r}.")
 
     def attach(self, backend: LocalBackend) -> None:

@@ -22,6 +22,7 @@ from decoding.engine.block import Block
 from decoding.engine.runner import Runner
 from decoding.engine.sampling import SamplingColumns, draw, probabilities, uniforms
 from decoding.errors import InvalidRequest, ModelError
+from decoding.textform import is_count
 from drafters.heads.fitting import Sizes, require_fit, shipped_head
 from drafters.heads.medusa import MedusaHeads, read_medusa
 
@@ -53,7 +54,7 @@ class Medusa(Drafter):
     _seconds: dict[int, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.nodes, int) or self.nodes < 0:
+        if not is_count(self.nodes, 0):
             raise InvalidRequest(f"medusa needs nodes to be an integer of at least 0, not {self.nodes!r}.")
 
     def attach(self, backend: LocalBackend) -> None:

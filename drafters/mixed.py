@@ -18,7 +18,7 @@ from decoding.engine.block import Block
 from decoding.engine.calibration import Calibration
 from decoding.engine.width import LEAST_SURVIVAL, Width, pruned
 from decoding.errors import InvalidRequest
-from decoding.textform import split_outside
+from decoding.textform import is_count, split_outside
 
 if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
@@ -56,7 +56,7 @@ class Mixed(Drafter):
         self._members = [drafting.find(one) if isinstance(one, str) else one for one in listed]
         if not self._members:
             raise InvalidRequest("mixed needs at least one drafter, as in mixed(drafters=prompt-lookup+suffix).")
-        if not isinstance(self.nodes, int) or isinstance(self.nodes, bool) or self.nodes < 1:
+        if not is_count(self.nodes):
             raise InvalidRequest(f"mixed needs nodes to be an integer of at least 1, not {self.nodes!r}.")
         self._records = [Calibration() for _ in self._members]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block
 from decoding.errors import InvalidRequest
+from decoding.textform import is_count
 
 if TYPE_CHECKING:
     from decoding.engine.sequence import Sequence
@@ -36,9 +37,10 @@ class PromptLookup(Drafter):
     _indices: dict[int, _Index] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_ngram <= self.max_ngram:
+        if not is_count(self.min_ngram) or not is_count(self.max_ngram, self.min_ngram):
             raise InvalidRequest(
-                f"prompt-lookup needs 1 ≤ min_ngram ≤ max_ngram, not {self.min_ngram} and {self.max_ngram}."
+                f"prompt-lookup needs integers 1 ≤ min_ngram ≤ max_ngram, not {self.min_ngram!r} and "
+                f"{self.max_ngram!r}."
             )
 
     def propose(self, sequences: List[Sequence], lengths: List[int]) -> list[Draft]:

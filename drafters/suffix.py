@@ -21,6 +21,7 @@ import numpy as np
 from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block
 from decoding.errors import InvalidRequest, RecordError
+from decoding.textform import is_count
 from drafters.prompt_lookup import match_worth
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ class Suffix(Drafter):
     _keeper: weakref.finalize[..., Suffix] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not _is_int(self.depth) or self.depth < 1:
+        if not is_count(self.depth):
             raise InvalidRequest(f"suffix needs depth to be an integer of at least 1, not {self.depth!r}.")
-        if not _is_int(self.memory) or self.memory < 0:
+        if not is_count(self.memory, 0):
             raise InvalidRequest(f"suffix needs memory to be an integer of at least 0, not {self.memory!r}.")
         if not _is_number(self.threshold) or not 0 < self.threshold <= 1:
             raise InvalidRequest(f"suffix needs a threshold in (0, 1], not {self.threshold!r}.")
@@ -300,10 +301,6 @@ def _read(path: Path) -> List[np.ndarray]:
             f"{path} is no file that the suffix drafter wrote, or is damaged ({error}); delete it or name another."
         ) from error
     return [answer[answer != _BREAK] for answer in np.split(tokens, np.flatnonzero(tokens == _BREAK))]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:

@@ -17,6 +17,7 @@ import torch
 from decoding.drafting import Draft, Drafter
 from decoding.engine.block import Block
 from decoding.errors import InvalidRequest
+from decoding.textform import is_count
 
 if TYPE_CHECKING:
     from decoding.engine.block import Commit
@@ -51,7 +52,7 @@ class TokenRecycling(Drafter):
 
     def __post_init__(self) -> None:
         for option, value in (("nodes", self.nodes), ("width", self.width)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_count(value):
                 raise InvalidRequest(f"token-recycling needs {option} to be an integer of at least 1, not {value!r}.")
         self._reset(0)
 

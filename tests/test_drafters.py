@@ -188,6 +188,13 @@ def test_sampling_keeps_the_models_distribution(name: str) -> None:
         ("suffix(reach=3)", "reach"),
         ("token-recycling(nodes=0)", "nodes"),
         ("token-recycling(width=many)", "width"),
+        ("prompt-lookup(max_ngram=2.5)", "max_ngram"),
+        ("prompt-lookup(max_ngram=3, min_ngram=true)", "min_ngram"),
+        ("prompt-lookup(max_ngram=many)", "max_ngram"),
+        ("layer-skip(layers=true)", "layers"),
+        ("eagle3(nodes=true)", "nodes"),
+        ("eagle3(top_k=true)", "top_k"),
+        ("medusa(nodes=true)", "nodes"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: str, named: str) -> None:

@@ -20,6 +20,7 @@ from decoding.engine.decoder import Decoder
 from decoding.engine.width import Width
 from decoding.errors import InvalidRequest, UnknownName
 from decoding.strategies.base import TokenStrategy
+from decoding.textform import is_count
 
 if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
@@ -48,7 +49,7 @@ class Speculative(TokenStrategy):
 
     def __post_init__(self) -> None:
         length = self.draft_length
-        if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+        if length is not None and not is_count(length):
             raise InvalidRequest(
                 f"draft_length must be an integer of at least 1, or None to choose it by measurement, not {length!r}."
             )
