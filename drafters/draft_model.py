@@ -22,6 +22,7 @@ from decoding.engine.packing import Row
 from decoding.engine.runner import Runner
 from decoding.engine.sampling import SamplingColumns, draw_distinct, probabilities, uniforms
 from decoding.errors import InvalidRequest, ModelError
+from decoding.textform import is_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,7 +173,7 @@ class DraftModel(Drafter):
     _backend: LocalBackend = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.branches, int) or isinstance(self.branches, bool) or self.branches < 1:
+        if not is_count(self.branches):
             raise InvalidRequest(f"draft-model needs branches to be an integer of at least 1, not {self.branches!r}.")
 
     def attach(self, backend: LocalBackend) -> None:
