@@ -28,14 +28,14 @@ def _options(of: object) -> list[Field[Any]]:
     return [option for option in fields(of) if option.init] if is_dataclass(of) else []
 
 
-def build(cls: type[Any], name: str, options: dict[str, Any]) -> Any:
+def build(cls: type[Any], name: str, options: dict[str, str]) -> Any:
     """Construct `cls` from parsed options, with errors that name what is wrong."""
-    known = [option.name for option in _options(cls)]
+    known = {option.name: option for option in _options(cls)}
     for option in options:
         if option not in known:
             raise UnknownName(f"option of {name}", option, known)
     try:
-        return cls(**options)
+        return cls(**{option: _value(text, known[option].type) for option, text in options.items()})
     except TypeError as error:
         raise InvalidRequest(f"{name}: {error}") from error
 
@@ -45,18 +45,18 @@ def is_count(value: object, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def parse_call(text: str) -> tuple[str, dict[str, Any]]:
-    """Split `name(key=value, …)`. Values become numbers, booleans, None or text; nested calls stay text."""
+def parse_call(text: str) -> tuple[str, dict[str, str]]:
+    """Split `name(key=value, …)`. Values stay as they are written; `build` knows what they mean."""
     match = re.fullmatch(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", text, flags=re.DOTALL)
     if match is None:
         raise InvalidRequest(f"{text!r} is not of the form name or name(option=value, …).")
     name, inside = match.group(1), match.group(2)
-    options: dict[str, Any] = {}
+    options: dict[str, str] = {}
     for part in split_outside(inside or "", ",", text):
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise InvalidRequest(f"{part.strip()!r} in {text!r} is not of the form option=value.")
-        options[key.strip()] = _from_text(value.strip())
+        options[key.strip()] = value.strip()
     return name, options
 
 
@@ -83,7 +83,18 @@ def split_outside(inside: str, at: str, whole: str = "") -> list[str]:
     return [part for part in parts if part.strip()]
 
 
+def _value(text: str, annotation: Any) -> Any:
+    """What an option's text means in a field. One that takes text and no number keeps it: 2024 may be a folder."""
+    written = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    kinds = {kind.strip() for kind in written.split("|")}
+    value = _from_text(text)
+    if isinstance(value, str) or "str" not in kinds or kinds & {"int", "float", "bool"}:
+        return value
+    return None if value is None and "None" in kinds else text
+
+
 def _from_text(value: str) -> Any:
+    """A number, a boolean, None or text; nested calls stay text."""
     words = {"true": True, "false": False, "none": None}
     if value.lower() in words:
         return words[value.lower()]

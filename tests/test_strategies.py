@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import decoding
+from decoding import drafting
 from decoding.errors import InvalidRequest, UnknownName
 from decoding.strategies import REGISTRY, Autoregressive, Jacobi, SkeletonOfThought, Speculative, parse
 from drafters import PromptLookup
@@ -41,6 +42,22 @@ def test_a_drafter_object_stands_in_for_its_name() -> None:
     assert Speculative(drafter=drafter) == Speculative(drafter=drafter)
 
 
+@pytest.mark.parametrize("folder", ["2024", "007", "1e5", "true", "'none'"])
+def test_a_folder_may_be_named_like_a_number(folder: str) -> None:
+    named = folder.strip("'")
+    assert vars(drafting.find(f"eagle3(head={folder})"))["head"] == named
+    assert vars(drafting.find(f"draft-model(model={folder})"))["model"] == named
+    strategy = Jacobi(adapter=named)
+    assert parse(f"jacobi(adapter={folder})") == strategy == parse(str(strategy))
+    assert parse("jacobi(adapter=none)") == Jacobi()
+
+
+@pytest.mark.parametrize("drafter", [5, None, PromptLookup])
+def test_what_is_no_drafter_is_refused(drafter: object) -> None:
+    with pytest.raises(InvalidRequest, match="drafter must be"):
+        Speculative(drafter=drafter)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -56,6 +73,8 @@ def test_a_drafter_object_stands_in_for_its_name() -> None:
         ("skeleton(inner=speculative(drafter=prompt-lookup)", "do not match"),
         ("", "name or name"),
         ("speculative(draft_length=0)", "at least 1"),
+        ("speculative(drafter=5)", "unknown drafter '5'"),
+        ("speculative(drafter=none)", "unknown drafter 'none'"),
         ("speculative(verifier=lucky)", "did you mean|known:"),
     ],
 )

@@ -57,6 +57,8 @@ class Speculative(TokenStrategy):
             raise UnknownName("verification", str(self.verification), VERIFICATIONS)
         if isinstance(self.drafter, str):
             drafting.find(self.drafter)  # a wrong name fails here, before anything runs
+        elif not isinstance(self.drafter, Drafter):
+            raise InvalidRequest(f"drafter must be a drafter's name or a Drafter object, not {self.drafter!r}.")
 
     @property
     def lossless(self) -> bool:
