@@ -84,14 +84,15 @@ def _instead(missing: Sequence[str], offered: frozenset[str]) -> str:
 
 def messages_of(prompt: Prompt) -> list[Message]:
     """A prompt that is no list of token ids, as messages. Raises InvalidRequest for what is empty or no text."""
+    given: Sequence[object] = prompt
     if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
-    if not isinstance(prompt, Sequence):
+        given = [{"role": "user", "content": prompt}] if prompt.strip() else []
+    if not isinstance(given, Sequence):
         raise InvalidRequest(f"a prompt is text, a list of messages or a list of token ids, not {prompt!r:.60}.")
-    if not prompt:
+    if not given:
         raise InvalidRequest("the prompt is empty; give text, at least one message, or token ids.")
     messages: list[Message] = []
-    for message in prompt:
+    for message in given:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise InvalidRequest("every message of a prompt needs a 'role' and a 'content', both text.")
         if not is_text(message["content"]):

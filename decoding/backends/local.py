@@ -114,7 +114,8 @@ class LocalBackend(Backend):
             text = "\n\n".join(message["content"] for message in messages) + prefill
             return list(self.tokenizer(text)["input_ids"])
         try:
-            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+            text = str(self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
         except Exception as error:
             raise InvalidRequest(f"the model's chat template does not take these messages: {error}") from error
         return list(self.tokenizer(text + prefill, add_special_tokens=False)["input_ids"])
