@@ -57,6 +57,21 @@ def test_a_sampling_draft_model_that_is_the_target_is_always_accepted() -> None:
     assert wasted(tiny_model("llama", seed=3)) > 0, "a draft model of other weights must be refused sometimes"
 
 
+def test_a_seed_gives_the_same_sampled_answer_again() -> None:
+    """Whatever the draft model's cache holds by then."""
+    backend = LocalBackend(tiny_model("llama"), tiny_tokenizer(), slots=4, capacity=96)
+    strategy = Speculative(drafter=DraftModel(tiny_model("llama", seed=3)), draft_length=4)
+    params = [SamplingParams(max_new_tokens=24, temperature=1.0, seed=seed, ignore_eos=True) for seed in range(4)]
+    together = [a.tokens for a in generate(prompts(4), backend, strategy=strategy, params=params)]
+    for _ in range(2):
+        alone = [
+            generate(p, backend, strategy=strategy, params=q).tokens for p, q in zip(prompts(4), params, strict=True)
+        ]
+        assert alone == together
+    other = generate(prompts(4), backend, strategy=strategy, params=[q.but(seed=9 + q.seed) for q in params])
+    assert [a.tokens for a in other] != together
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("length", [3, None])
 def test_a_draft_model_that_says_nan_leaves_plain_decoding(length: int | None, temperature: float) -> None:

@@ -87,6 +87,19 @@ def test_greedy_tokens_equal_plain_decoding(kind: str, together: bool, shape: st
     assert any(s.reused for s in results), "no prefix was ever reused"
 
 
+@pytest.mark.parametrize("shape", [CHAIN, TREE])
+def test_a_prompt_of_one_token_is_answered_as_by_plain_decoding(shape: str, tmp_path: Path) -> None:
+    backend = small_backend(slots=2)
+    write_head(random_head(backend.model), tmp_path)
+    drafter = recorded(tmp_path, backend, shape)
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    for token in range(3):  # more than there are slots
+        (sequence,) = run(backend.engine, [([token], SpeculativeDecoder(drafter, 4))], params)
+        assert sequence.error is None and sequence.new_tokens == greedy_reference(backend.model, [token], 12)
+    assert any(draft.block for _, _, draft in drafter.log)
+    assert drafter._session.cache.free == 2
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("levels", [0, 1])
 @pytest.mark.parametrize("shape", [CHAIN, TREE])
