@@ -355,7 +355,8 @@ def test_answers_are_plain_decodings_greedy_and_sampled(make: Any, monkeypatch: 
             decoder = SpeculativeDecoder(drafter, width)
             together = run(backend.engine, [(p, decoder) for p in inputs * 2], params)
             assert [s.new_tokens for s in together] == plain * 2
-            assert accepted(together) > 0 or (temperature and make is PromptLookup)
+            rare = temperature if make is PromptLookup else make is TokenRecycling and isinstance(width, Width)
+            assert accepted(together) > 0 or (rare and sum(t.drafted for s in together for t in s.trace) > 0)
         if temperature:
             broken = KeepsTheFirstGuess(drafter, 3)
             assert [s.new_tokens for s in run(backend.engine, [(p, broken) for p in inputs], params)] != plain
@@ -368,7 +369,8 @@ def test_the_same_requests_get_the_same_widths() -> None:
         engine = Engine(Runner(model, slots=4, capacity=128))
         decoder = SpeculativeDecoder(TokenRecycling(), Width(Table(1.0, 0.1), clock=Clock()))
         results = run(engine, [(p, decoder) for p in prompts(8)], SamplingParams(max_new_tokens=24, ignore_eos=True))
-        return [(t.step, t.drafted) for s in results for t in s.trace]
+        first = results[0].trace[0].step
+        return [(t.step - first, t.drafted) for s in results for t in s.trace]
 
     assert steps() == steps()
 
