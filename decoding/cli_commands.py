@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Imports are made where they are needed: what one command uses, another should not wait for.
 from decoding.cli_options import load, params_of, prompt_of
+
+if TYPE_CHECKING:
+    from decoding.report import Run
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -139,12 +144,14 @@ def run_report(options: argparse.Namespace) -> int:
 
     run = report.read_run(options.directory)
     if options.other is not None:
-        comparison = report.compare_runs(run, report.read_run(options.other))
+        folders = [path if os.path.isdir(path) else path.parent for path in (options.directory, options.other)]
+        run, other = _told_apart([run, report.read_run(options.other)], folders)
+        comparison = report.compare_runs(run, other)
         report.print_comparison(comparison)
         for path in options.export:
             report.export_comparison(comparison, path)
-        page = options.other if options.other.is_dir() else options.other.parent
-        print(f"report: {report.write_comparison(comparison, page / f'against-{run.name}.html')}")
+        page = folders[1] / f"against-{run.name.replace('/', '-')}.html"
+        print(f"report: {report.write_comparison(comparison, page)}")
         return 0
     directory = report.run_directory(options.directory)
     summary = report.summarize(run)
@@ -153,6 +160,15 @@ def run_report(options: argparse.Namespace) -> int:
         report.export(run, path, summary=summary)
     print(f"report: {report.write_report(run, directory, summary=summary)}")
     return 0
+
+
+def _told_apart(runs: list[Run], folders: list[Path]) -> list[Run]:
+    """Runs of one name under as much of their paths as tells them apart."""
+    if len({run.name for run in runs}) == len(runs):
+        return runs
+    shared = os.path.commonpath([os.path.abspath(folder) for folder in folders])
+    names = [Path(os.path.relpath(folder, shared)).as_posix() for folder in folders]
+    return [replace(run, name=run.name if name == "." else name) for run, name in zip(runs, names, strict=True)]
 
 
 def run_judge(options: argparse.Namespace) -> int:

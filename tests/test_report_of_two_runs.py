@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from decoding.report import Run, compare_runs, comparison_markdown, print_comparison, write_comparison
+from decoding.cli import main
+from decoding.report import (
+    RecordWriter,
+    Run,
+    RunHeader,
+    compare_runs,
+    comparison_markdown,
+    environment,
+    print_comparison,
+    write_comparison,
+)
+from decoding.report.compared import verdict
 from decoding.report.definitions import OF_TWO_RUNS
 from tests.chromium import Chromium
 from tests.made_runs import HOSTILE, answer, in_browser, run_of
@@ -59,6 +70,31 @@ def test_a_run_that_changed_nothing_says_so(run: Run) -> None:
     assert "differs |" not in text
     nothing = compare_runs(run_of(answer("x", 1, 1.0)), run_of(answer("y", 1, 1.0)))
     assert "no strategy in common" in comparison_markdown(nothing)
+
+
+def test_a_verdict_claims_nothing_that_was_not_tested() -> None:
+    def made(seconds: float, questions: range) -> Run:
+        return run_of(*(answer("x", question, seconds) for question in questions))
+
+    few = verdict(compare_runs(made(1.0, range(4)), made(10.0, range(4))))
+    assert few.startswith("Too few questions (4) to tell whether times differ. All 4 answers")
+    assert verdict(compare_runs(made(1.0, range(4)), made(1.0, range(4, 8)))) == "No question was answered in both."
+    both = [run_of(*made(1.0, range(6)), *(answer("y", question, s) for question in range(4))) for s in (1.0, 9.0)]
+    said = verdict(compare_runs(*both))
+    assert "more than chance, as far as there were questions enough: not for y." in said
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / parent / "A" for parent in ("one", "two")]
+    for folder in folders:
+        with RecordWriter(folder, RunHeader.create({"model": "m"}, environment())) as writer:
+            writer.append(answer("x", 1, 1.0))
+    assert main(["report", *map(str, folders)]) == 0
+    page = (folders[1] / "against-one-A.html").read_text(encoding="utf-8")
+    assert "one/A and two/A" in page
+    monkeypatch.chdir(folders[0])
+    assert main(["report", ".", str(folders[0])]) == 0
+    assert (folders[0] / "against-A.html").exists()
 
 
 @in_browser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,18 +83,25 @@ def verdict(comparison: RunComparison) -> str:
     first, second = comparison.names
     if not comparison.changes:
         return f"{first} and {second} have no strategy in common."
+    same, compared = (sum(getattr(change, name) for change in comparison.changes) for name in ("identical", "compared"))
+    if not compared:
+        return "No question was answered in both."
     changed = [
         f"{change.strategy} took {1 / change.faster.estimate:.2f} times as long"
         for change in comparison.changes
         if change.faster.low > 1 or change.faster.high < 1
     ]
     moved = [change.strategy for change in comparison.changes if change.agree is False]
+    untold = [change for change in comparison.changes if not math.isfinite(change.faster.low)]
     times = f"No strategy's time differs from {first}'s by more than chance"
     if changed:
         times = f"In {second}, {'; '.join(changed)}"
+    elif len(untold) == len(comparison.changes):
+        times = f"Too few questions ({max(change.questions for change in untold)}) to tell whether times differ"
+    elif untold:
+        times += f", as far as there were questions enough: not for {', '.join(change.strategy for change in untold)}"
     if moved:
         times += f", and the speed-up of {', '.join(moved)} left the other run's interval"
-    same, compared = (sum(getattr(change, name) for change in comparison.changes) for name in ("identical", "compared"))
     tokens = "All" if same == compared else f"{same} of"
     return f"{times}. {tokens} {compared} answers have the same tokens in both."
 

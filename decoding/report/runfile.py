@@ -100,7 +100,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     return Run(
         contents.header,
         tuple(contents.records),
-        path.parent.name,
+        Path(os.path.abspath(path)).parent.name,
         contents.notices,
         contents.resumed,
         read_judgments(path.parent),
