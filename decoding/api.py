@@ -76,8 +76,12 @@ def load(
 
 
 def resolve(strategy: Strategy | str) -> Strategy:
-    """A strategy from its text form; a strategy stays as it is."""
-    return parse(strategy) if isinstance(strategy, str) else strategy
+    """A strategy from its text form; a strategy stays as it is. Raises InvalidRequest for anything else."""
+    if isinstance(strategy, str):
+        return parse(strategy)
+    if not isinstance(strategy, Strategy):
+        raise InvalidRequest(f"a strategy is its name or an object such as Jacobi(), not {strategy!r:.60}.")
+    return strategy
 
 
 @overload
@@ -119,9 +123,14 @@ def generate(
     lm.require(strategy)
     single = _is_single(prompts)
     batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
+    for prompt in batch:
+        _check_prompt(prompt)
     every = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(batch)
     if len(every) != len(batch):
         raise InvalidRequest(f"{len(batch)} prompts came with {len(every)} sets of parameters; give one for each.")
+    for each in every:
+        if not isinstance(each, SamplingParams):
+            raise InvalidRequest(f"params must be SamplingParams(…), or one for each prompt, not {each!r:.60}.")
     if on_text is not None and not single:
         raise InvalidRequest("on_text follows one answer; give a single prompt.")
 
@@ -207,8 +216,12 @@ def _is_single(prompts: Any) -> bool:
     """Whether this is one prompt: text, messages or token ids, and not a list of such."""
     if isinstance(prompts, str):
         return True
-    if not isinstance(prompts, Sequence):
-        raise InvalidRequest(f"a prompt is text, a list of messages or a list of token ids, not {prompts!r:.60}.")
+    _check_prompt(prompts)
     if not prompts:
         raise InvalidRequest("there is no prompt; give at least one.")
     return all(isinstance(item, int) for item in prompts) or all(isinstance(item, dict) for item in prompts)
+
+
+def _check_prompt(prompt: Any) -> None:
+    if not isinstance(prompt, Sequence):
+        raise InvalidRequest(f"a prompt is text, a list of messages or a list of token ids, not {prompt!r:.60}.")

@@ -88,15 +88,15 @@ def compare(
     questions: str | PathLike[str] | Sequence[str | Question],
     lm: Backend,
     *,
-    strategies: Sequence[Strategy | str] = DEFAULT_STRATEGIES,
+    strategies: Strategy | str | Sequence[Strategy | str] = DEFAULT_STRATEGIES,
     params: SamplingParams | None = None,
     schedule: Schedule | None = None,
     output: str | PathLike[str] | None = None,
 ) -> Run:
     """Answer questions with several strategies, side by side.
 
-    questions: prompts, `Question`s, the name of a shipped suite, or a file. output: a directory for the records,
-    which must not hold any yet; without one they are kept in memory alone.
+    questions: prompts, `Question`s, the name of a shipped suite, or a file. strategies: one or several. output: a directory
+    for the records, which must not hold any yet; without one they are kept in memory alone.
 
     The result is a sequence of `AnswerRecord`s with `to_pandas()` and `to_polars()`; a notebook shows its table,
     `decoding.report.summarize` computes all figures.
@@ -105,10 +105,11 @@ def compare(
         asked = load_questions(questions)
     else:
         asked = [
-            Question(str(number), UNCATEGORIZED, (question,)) if isinstance(question, str) else question
+            question if isinstance(question, Question) else Question(str(number), UNCATEGORIZED, (question,))
             for number, question in enumerate(questions, start=1)
         ]
-    comparison = Comparison(asked, [resolve(s) for s in strategies], params or SamplingParams(), schedule or Schedule())
+    several = [strategies] if isinstance(strategies, (str, Strategy)) else strategies
+    comparison = Comparison(asked, [resolve(s) for s in several], params or SamplingParams(), schedule or Schedule())
     with tempfile.TemporaryDirectory() if output is None else contextlib.nullcontext(output) as directory:
         execute(comparison, lm, Path(directory))
         return read_run(directory)

@@ -134,6 +134,8 @@ def load_model(
         dtype=_dtype(dtype, on_cpu=target is not None and target.type == "cpu"),
         trust_remote_code=trust_remote_code,
     )
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise InvalidRequest(f"a model is named by text or a path, not {name_or_path!r:.60}.")
     text = os.fspath(name_or_path)
     if alias := next((a for a in aliases() if a.name == text), None):
         if (paths := alias.paths) is None:

@@ -68,6 +68,8 @@ class Question:
     list_type: bool | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.turns, str):  # one turn, and not one for each of its characters
+            object.__setattr__(self, "turns", (self.turns,))
         if not self.turns:
             raise InvalidRequest(f"question {self.id!r} has no turns; it needs at least one.")
         for turn in self.turns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any, Literal, TypedDict
@@ -106,12 +106,12 @@ class SamplingParams:
             f"min_new_tokens must lie in [0, max_new_tokens = {self.max_new_tokens}], not {self.min_new_tokens!r}.",
         )
         check(isinstance(self.seed, int), f"seed must be an integer, not {self.seed!r}.")
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        check(isinstance(self.stop, Iterable), f"stop must be a string or a list of strings, not {self.stop!r}.")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         check(all(isinstance(s, str) and s for s in self.stop), "stop strings must be non-empty strings.")
         check(
-            all(isinstance(t, int) and t >= 0 and finite(b) for t, b in self.logit_bias.items()),
+            isinstance(self.logit_bias, Mapping)
+            and all(isinstance(t, int) and t >= 0 and finite(b) for t, b in self.logit_bias.items()),
             "logit_bias maps token ids (integers from 0) to finite numbers.",
         )
 

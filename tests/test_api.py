@@ -142,6 +142,7 @@ def test_model_generate_still_works_beside_the_engine(lm: decoding.LocalBackend)
         ([[]], "empty"),
         ([{"role": "user"}], "'role' and a 'content'"),
         (7, "a prompt is"),
+        (["a", 5], "a prompt is"),
         ("a\udcff", "UTF-8"),
         ([{"role": "user", "content": "a\ud83d"}], "UTF-8"),
         ("long " * 300, "shorten"),
@@ -168,12 +169,35 @@ def test_bad_prompts_are_refused_and_the_next_one_is_served(
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens"),
         ({"stop": ("",)}, "stop"),
+        ({"stop": None}, "stop"),
+        ({"logit_bias": [1, 2]}, "logit_bias"),
         ({"logit_bias": {-1: 2.0}}, "logit_bias"),
     ],
 )
 def test_bad_parameters_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(decoding.InvalidRequest, match=message):
         decoding.SamplingParams(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": None}, "a strategy is"),
+        ({"strategy": decoding.Jacobi}, r"an object such as Jacobi\(\)"),
+        ({"params": {"max_new_tokens": 3}}, "params must be SamplingParams"),
+        ({"params": [3]}, "params must be SamplingParams"),
+    ],
+)
+def test_arguments_of_other_kinds_are_refused(
+    lm: decoding.LocalBackend, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(decoding.InvalidRequest, match=message):
+        decoding.generate("Hello", lm, **options)  # type: ignore[call-overload]
+
+
+def test_a_model_needs_a_name() -> None:
+    with pytest.raises(decoding.InvalidRequest, match="named by text or a path"):
+        decoding.load(None)  # type: ignore[arg-type]
 
 
 def test_a_strategy_that_the_backend_cannot_run_is_refused_up_front() -> None:

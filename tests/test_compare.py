@@ -135,6 +135,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path: Path) -
         (lambda: comparison("a", "a"), "the same id"),
         (lambda: Question("a", "c", ()), "question 'a' has no turns"),
         (lambda: comparison("fine", "a\udcff"), "UTF-8"),
+        (lambda: decoding.compare([1, 2], Script({})), "question '1': a turn must be text"),  # type: ignore[list-item]
         (lambda: Schedule(streams=0), "streams must be at least 1"),
         (lambda: Schedule(cool_down=-1.0), "cool_down"),
     ],
@@ -182,6 +183,14 @@ def test_the_header_holds_configuration_and_latency_and_the_folder_a_run_file(tm
     assert header.latency[:2] == ((1, 1.01), (2, 1.02))
     assert RunConfig.of_header(header.config) == config == read_run_file(tmp_path / "config.toml")
     assert header.config["question_ids"] == ["generic-01"]
+
+
+def test_one_turn_and_one_strategy_need_no_list() -> None:
+    question = Question("1", "x", "abc")  # type: ignore[arg-type]
+    assert question.turns == ("abc",)
+    for strategy in ("autoregressive", PLAIN):
+        (record,) = decoding.compare([question], Script({}), strategies=strategy)
+        assert (record.question, record.strategy) == ("abc", "autoregressive")
 
 
 def test_compare_takes_prompts_and_gives_a_run(lm: decoding.LocalBackend, tmp_path: Path) -> None:
