@@ -95,8 +95,8 @@ def compare(
 ) -> Run:
     """Answer questions with several strategies, side by side.
 
-    questions: prompts, `Question`s, the name of a shipped suite, or a file. strategies: one or several. output: a directory
-    for the records, which must not hold any yet; without one they are kept in memory alone.
+    questions: prompts, `Question`s, the name of a shipped suite, or a file. strategies: one or several. output: a
+    directory for the records, which must not hold any yet; without one they are kept in memory alone.
 
     The result is a sequence of `AnswerRecord`s with `to_pandas()` and `to_polars()`; a notebook shows its table,
     `decoding.report.summarize` computes all figures.
