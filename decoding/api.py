@@ -129,8 +129,7 @@ def generate(
     if len(every) != len(batch):
         raise InvalidRequest(f"{len(batch)} prompts came with {len(every)} sets of parameters; give one for each.")
     for each in every:
-        if not isinstance(each, SamplingParams):
-            raise InvalidRequest(f"params must be SamplingParams(…), or one for each prompt, not {each!r:.60}.")
+        _check_params(each)
     if on_text is not None and not single:
         raise InvalidRequest("on_text follows one answer; give a single prompt.")
 
@@ -152,11 +151,14 @@ def stream(
     """
     strategy = resolve(strategy)
     lm.require(strategy)
+    params = params or SamplingParams()
+    _check_prompt(prompt)
+    _check_params(params)
     pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     async def answer() -> None:
         try:
-            await strategy.answer(prompt, params or SamplingParams(), lm, pieces.put)
+            await strategy.answer(prompt, params, lm, pieces.put)
         finally:
             pieces.put(None)
 
@@ -225,3 +227,8 @@ def _is_single(prompts: Any) -> bool:
 def _check_prompt(prompt: Any) -> None:
     if not isinstance(prompt, Sequence):
         raise InvalidRequest(f"a prompt is text, a list of messages or a list of token ids, not {prompt!r:.60}.")
+
+
+def _check_params(params: Any) -> None:
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params must be SamplingParams(…), or one for each prompt, not {params!r:.60}.")

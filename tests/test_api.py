@@ -193,6 +193,8 @@ def test_arguments_of_other_kinds_are_refused(
 ) -> None:
     with pytest.raises(decoding.InvalidRequest, match=message):
         decoding.generate("Hello", lm, **options)  # type: ignore[call-overload]
+    with pytest.raises(decoding.InvalidRequest, match=message):
+        next(decoding.stream("Hello", lm, **options))  # type: ignore[arg-type]
 
 
 def test_a_model_needs_a_name() -> None:
