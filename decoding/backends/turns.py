@@ -52,7 +52,11 @@ class Turns:
     @contextmanager
     def now(self) -> Iterator[bool]:
         """Go in without waiting. Gives whether it is the turn of this thread's event loop; if not, stay out."""
-        loop = asyncio.get_running_loop()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # there is none, nor anything that could go on here meanwhile
+            yield not self._line
+            return
         self._join(loop)
         try:
             yield self._first(loop) is loop
