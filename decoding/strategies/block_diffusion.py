@@ -22,6 +22,7 @@ from decoding.errors import InvalidRequest
 from decoding.masked import Masking
 from decoding.strategies.base import TokenStrategy
 from decoding.strategies.policies import BlockView, Change, Confidence, Policy, resolve
+from decoding.textform import is_count
 
 if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
@@ -65,7 +66,7 @@ class BlockDiffusion(TokenStrategy):
         object.__setattr__(self, "policy", resolve(self.policy))
         for option in ("block_size", "canvas"):
             value = getattr(self, option)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and not is_count(value):
                 raise InvalidRequest(f"{option} must be an integer of at least 1, or None, not {value!r}.")
         if self.cache not in CACHES:
             raise InvalidRequest(f"cache must be one of {', '.join(CACHES)}, not {self.cache!r}.")

@@ -27,6 +27,7 @@ from decoding.errors import InvalidRequest, UnknownName
 from decoding.strategies.base import TokenStrategy
 from decoding.strategies.ngrams import LONGEST, Followers, branches
 from decoding.strategies.worth import Reach, prices
+from decoding.textform import is_count
 
 if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
@@ -82,7 +83,7 @@ class Jacobi(TokenStrategy):
             value = getattr(self, option)
             if option in ("block_size", "candidates") and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_count(value, least):
                 raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
         if self.schedule not in SCHEDULES:
             raise UnknownName("schedule", str(self.schedule), SCHEDULES)

@@ -22,6 +22,7 @@ from decoding.errors import InvalidRequest
 from decoding.strategies.base import TokenStrategy
 from decoding.strategies.ngrams import NgramPool, branches
 from decoding.strategies.worth import Worth, price_ratio
+from decoding.textform import is_count
 
 if TYPE_CHECKING:
     from decoding.backends.local import LocalBackend
@@ -57,7 +58,7 @@ class Lookahead(TokenStrategy):
     def __post_init__(self) -> None:
         for option, least in (("window", 1), ("ngram", 2), ("guesses", 1)):
             value = getattr(self, option)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_count(value, least):
                 raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
         for option in ("shared_pool", "adaptive"):
             if not isinstance(value := getattr(self, option), bool):

@@ -24,6 +24,7 @@ from decoding.errors import CapabilityError, ContextOverflow, InvalidRequest
 from decoding.strategies.base import Strategy, TokenStrategy
 from decoding.strategies.block_diffusion import BlockDiffusion
 from decoding.strategies.policies import Iterations
+from decoding.textform import is_count
 from decoding.trace import shifted
 from decoding.types import Generation, Prompt, SamplingParams
 
@@ -54,7 +55,7 @@ class MaskPredict(Strategy):
             value = getattr(self, option)
             if value is None and option == "length":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_count(value):
                 raise InvalidRequest(f"{option} must be an integer of at least 1, not {value!r}.")
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from decoding.errors import InvalidRequest, UnknownName
-from decoding.textform import TextForm, build, parse_call
+from decoding.textform import TextForm, build, is_count, parse_call
 
 REGISTRY: dict[str, type[Policy]] = {}
 
@@ -133,7 +133,7 @@ def _check_share(option: str, value: object, *, least: float = 0.0, most: float 
 
 
 def _check_count(option: str, value: object, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_count(value, least):
         raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
 
 

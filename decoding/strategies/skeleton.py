@@ -18,6 +18,7 @@ from decoding.strategies.autoregressive import Autoregressive
 from decoding.strategies.base import Strategy, TokenStrategy, parse
 from decoding.strategies.router import EXAMPLE, Always, Router, as_router
 from decoding.strategies.skeleton_answer import STYLES, SkeletonAnswer
+from decoding.textform import is_count
 from decoding.types import Generation, Message, Prompt, SamplingParams
 
 _FEWEST = 3
@@ -103,7 +104,7 @@ class SkeletonOfThought(Strategy):
                 raise InvalidRequest(f"{option} must be true or false, not {value!r}.")
         for option, least in (("max_points", 2), ("outline_tokens", 1), ("at_once", 0)):
             value = getattr(self, option)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_count(value, least):
                 raise InvalidRequest(f"{option} must be an integer of at least {least}, not {value!r}.")
         limits = _limits(self.point_tokens)
         object.__setattr__(self, "point_tokens", limits[0] if len(limits) == 1 else ", ".join(map(str, limits)))
