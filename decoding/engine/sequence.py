@@ -74,4 +74,5 @@ class Sequence:
     def reading(self) -> bool:
         """Whether its prompt has to be read further before its decoder plans. Where attention is causal, what is left
         to read brings the first token, be it the prompt's last token alone."""
-        return not self.new_tokens and (self.span == 1 or self.cached < settled(len(self.prompt), self.span))
+        begun = len(self.tokens) > len(self.prompt)
+        return not begun and (self.span == 1 or self.cached < settled(len(self.prompt), self.span))
